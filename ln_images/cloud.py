@@ -1,0 +1,237 @@
+"""Environment -> session -> images. The only module that speaks HTTP.
+
+The exceptions of keystoneauth1, glanceclient and what they stand on end here, as one of our errors.
+"""
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ln_images import __version__
+from ln_images.model import ConfigurationError, Image, TemporaryError
+
+if TYPE_CHECKING:
+    from keystoneauth1.loading import BaseLoader, Opt
+    from keystoneauth1.plugin import BaseAuthPlugin
+    from keystoneauth1.session import Session
+
+LOG = logging.getLogger(__name__)
+
+PAGE_SIZE = 1000
+_LINE = 200
+_MEND = "`source admin-openrc` first, or give --os-cloud"
+# An application credential carries its scope; Keystone refuses one that is given beside it.
+_SCOPE = re.compile(r"system_scope|trust_id|(project|domain|project_domain)_(id|name)")
+
+
+class Cloud:
+    """Glance, through an authenticated session.
+
+    ``region`` and ``interface`` choose the endpoint from the catalog, as ``OS_REGION_NAME`` and
+    ``OS_INTERFACE`` do.
+    """
+
+    def __init__(self, session: "Session", region: str | None, interface: str | list[str] | None) -> None:
+        self._session = session
+        self._endpoint: dict[str, Any] = {"service_type": "image", "region_name": region, "interface": interface}
+
+    def images(self) -> list[Image]:
+        """Every image that the credential can see, whole: a page that fails raises.
+
+        Raises ConfigurationError where the credential is refused or there is no image service, and
+        TemporaryError where the cloud cannot be reached or answers badly.
+        """
+        from glanceclient.v2.client import Client
+
+        with _asking("Keystone"):
+            endpoint = self._session.get_endpoint(**self._endpoint)
+            self._warn_unless_administrator()
+        if endpoint is None:
+            raise ConfigurationError("the token names no image service: check OS_PROJECT_NAME and OS_REGION_NAME")
+        with _asking("Glance"):
+            # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version already.
+            unversioned = re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint)
+            client = Client(session=self._session, endpoint_override=unversioned, **self._endpoint)
+            # Without visibility=all, other projects' community images are left out, and hidden ones are
+            # only ever listed by themselves.
+            found = _listed(client, visibility="all") | _listed(client, visibility="all", os_hidden="true")
+        return list(found.values())
+
+    def _warn_unless_administrator(self) -> None:
+        """Glance shows every project's images only to the role ``admin`` (its default policy)."""
+        get_access = getattr(self._session.auth, "get_access", None)
+        if get_access and "admin" not in (role.lower() for role in get_access(self._session).role_names):
+            LOG.warning("the credential has no admin role: private images of other projects are not seen, nor linked")
+
+
+def connect(environment: Mapping[str, str], timeout: float, os_cloud: str | None = None) -> Cloud:
+    """The cloud of an openrc's ``OS_*`` variables, or of the ``clouds.yaml`` entry ``os_cloud``.
+
+    Nothing is sent yet. ``timeout`` is in seconds, for each HTTP request. Raises ConfigurationError
+    where something is missing.
+    """
+    if os_cloud is not None:
+        return _connect_by_name(os_cloud, timeout)
+    from keystoneauth1.session import Session
+
+    given = {name: value for name, value in environment.items() if value}
+    cert, key = _file(given, "OS_CERT"), _file(given, "OS_KEY")
+    session = Session(
+        auth=_auth(given),
+        verify=_file(given, "OS_CACERT") or True,
+        cert=(cert, key) if cert and key else cert,
+        timeout=timeout,
+        app_name="ln-images",
+        app_version=__version__,
+    )
+    return Cloud(session, given.get("OS_REGION_NAME"), given.get("OS_INTERFACE") or given.get("OS_ENDPOINT_TYPE"))
+
+
+def _connect_by_name(os_cloud: str, timeout: float) -> Cloud:
+    try:
+        from openstack import config, exceptions
+    except ImportError:
+        raise ConfigurationError(
+            "--os-cloud needs openstacksdk: pip install 'ln-images[clouds]', or unset OS_CLOUD and use an openrc"
+        ) from None
+    try:
+        region = config.OpenStackConfig(app_name="ln-images", app_version=__version__).get_one(
+            cloud=os_cloud, api_timeout=timeout
+        )
+        return Cloud(region.get_session(), region.get_region_name("image"), region.get_interface("image"))
+    except exceptions.ConfigException as error:
+        raise ConfigurationError(f"--os-cloud {os_cloud}: {_line(error)}: check clouds.yaml") from None
+    except Exception as error:
+        raise ConfigurationError(f"--os-cloud {os_cloud}: {_said(error)}: check its entry in clouds.yaml") from None
+
+
+def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
+    """The auth plugin that ``OS_AUTH_TYPE`` names, from its own options' ``OS_*`` variables."""
+    from keystoneauth1 import exceptions, loading
+
+    auth_type = given.get("OS_AUTH_TYPE", "password")
+    try:
+        loader: BaseLoader[BaseAuthPlugin] = loading.get_plugin_loader(auth_type)
+    except exceptions.NoMatchingPlugin:
+        raise ConfigurationError(f"OS_AUTH_TYPE={auth_type} is no auth plugin known here: {_MEND}") from None
+    scoped = auth_type == "v3applicationcredential"
+
+    def value(option: "Opt") -> Any:
+        if scoped and _SCOPE.fullmatch(option.dest):
+            return None
+        return next((given[name] for name in option.argparse_envvars if name in given), option.default)
+
+    options = {option.dest: option for option in loader.get_options()}
+    missing = _missing({dest: value(option) for dest, option in options.items()}, options)
+    if missing:
+        raise ConfigurationError(f"{' and '.join(missing)} not set: {_MEND}")
+    if "auth_url" in options and not re.match(r"https?://[^/]", str(value(options["auth_url"]))):
+        raise ConfigurationError("OS_AUTH_URL is no http or https URL: correct it in your openrc")
+    try:
+        return loader.load_from_options_getter(value)
+    except exceptions.MissingRequiredOptions as error:
+        names = [option.argparse_envvars[0] for option in error.options]
+        raise ConfigurationError(f"{' and '.join(names)} not set: {_MEND}") from None
+    except Exception as error:
+        raise ConfigurationError(f"OS_AUTH_TYPE={auth_type}: {_said(error)}: check your openrc") from None
+
+
+def _missing(values: Mapping[str, Any], options: Mapping[str, "Opt"]) -> list[str]:
+    """The variables without which the plugin would fail late, or with no word of what is missing."""
+    default_domain = ("default_domain_name", "default_domain_id")
+    asks = [(dest,) for dest, option in options.items() if option.required or option.prompt or dest == "token"]
+    needed: list[tuple[str, ...]] = [*asks]
+    if "user_id" in options and any(option.prompt for option in options.values()):
+        needed.append(("username", "user_id"))
+    if "application_credential_id" in options:
+        needed.append(("application_credential_id", "application_credential_name"))
+    if "user_domain_id" in options and values.get("username"):
+        needed.append(("user_domain_name", "user_domain_id", *default_domain))
+    if "project_domain_id" in options and values.get("project_name"):
+        needed.append(("project_domain_name", "project_domain_id", *default_domain))
+    return [f"OS_{names[0].upper()}" for names in needed if not any(values.get(name) for name in names)]
+
+
+def _file(given: Mapping[str, str], variable: str) -> str | None:
+    """The path in a variable, since a file that cannot be read fails only inside a request, and unnamed."""
+    path = given.get(variable)
+    if path is not None and not os.access(path, os.R_OK):
+        raise ConfigurationError(f"{variable}={path} cannot be read: correct the path or its mode")
+    return path
+
+
+@contextlib.contextmanager
+def _asking(service: str) -> Iterator[None]:
+    """Turns whatever goes wrong while a service is asked into one of our errors.
+
+    The libraries let more through than their own exceptions: bare ``Exception``, ``OSError`` of requests, and
+    ``KeyError`` or ``TypeError`` from answers of another shape.
+    """
+    from keystoneauth1 import exceptions
+
+    try:
+        yield
+    except (ConfigurationError, TemporaryError):
+        raise
+    except exceptions.EndpointNotFound as error:
+        raise ConfigurationError(
+            f"{_line(error)}: check OS_PROJECT_NAME (a token without a project has no catalog), OS_REGION_NAME and"
+            " OS_INTERFACE"
+        ) from None
+    except Exception as error:
+        status = getattr(error, "http_status", None) or getattr(error, "code", None)
+        refused = (401, 403) if service == "Glance" else (400, 401, 403)
+        if status in refused:
+            raise ConfigurationError(f"{service} refuses the credentials: {_line(error)}: check your openrc") from None
+        if isinstance(error, exceptions.SSLError) or isinstance(error.__context__, exceptions.SSLError):
+            raise ConfigurationError(f"{service}: {_line(error)}: set OS_CACERT to the CA that signed it") from None
+        raise TemporaryError(
+            f"{service} cannot be asked: {_said(error)}: if it is not down, check OS_AUTH_URL and the catalog"
+        ) from None
+
+
+def _said(error: Exception) -> str:
+    """What an exception of another library says, with its name, which often says more."""
+    return f"{type(error).__name__}: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if len(text) <= _LINE else f"{text[:_LINE]}..."
+
+
+def _listed(client: Any, **filters: str) -> dict[str, Image]:
+    found: dict[str, Image] = {}
+    for document in client.images.list(page_size=PAGE_SIZE, filters=filters):
+        image = image_of(document)
+        if image.id in found:
+            raise TemporaryError(f"Glance lists image {image.id} twice in one listing: its paging is broken")
+        found[image.id] = image
+    return found
+
+
+def image_of(document: Mapping[str, Any]) -> Image:
+    """The image in one of Glance's JSON documents.
+
+    A field that is missing or of another type than Glance's API has counts as empty, so that the image
+    is reported and never linked. Raises TemporaryError where there is not even an id.
+    """
+    image_id, size = document.get("id"), document.get("size")
+    if not isinstance(image_id, str):
+        raise TemporaryError("Glance lists an image without an id: it answers badly")
+
+    def text(field: str) -> str:
+        value = document.get(field)
+        return value if isinstance(value, str) else ""
+
+    return Image(
+        id=image_id,
+        name=text("name"),
+        status=text("status"),
+        disk_format=text("disk_format"),
+        size=size if type(size) is int and size >= 0 else None,
+        importing_to=text("os_glance_importing_to_stores"),
+    )

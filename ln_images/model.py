@@ -1,0 +1,114 @@
+"""The words of this project: images, files, outcomes and errors. It imports nothing of ours."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """What became of one image, in the order in which reports count them."""
+
+    LINKED = "linked"
+    REPAIRED = "repaired"
+    PRESENT = "present"
+    WAITING = "waiting"
+    SKIPPED = "skipped"
+    REFUSED = "refused"
+    OCCUPIED = "occupied"
+    FAILED = "failed"
+
+
+CHANGES = frozenset({Outcome.LINKED, Outcome.REPAIRED})
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One image as Glance tells of it. ``size`` is in bytes, and None where Glance gives none."""
+
+    id: str
+    name: str
+    status: str
+    disk_format: str
+    size: int | None
+    importing_to: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """What one name in a directory stands for, never followed.
+
+    ``mode`` is the whole ``st_mode``, type included; ``mark`` is the image id that this tool left
+    on the inode, or None.
+    """
+
+    device: int
+    inode: int
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mark: str | None = None
+
+    def same(self, other: "File") -> bool:
+        """Whether both are names of one inode."""
+        return (self.device, self.inode) == (other.device, other.inode)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How a link must be, and which disk formats get one. ``marks``: whether inodes can bear marks here."""
+
+    uid: int
+    gid: int
+    mode: int
+    disk_formats: frozenset[str]
+    marks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """An outcome and, where it is not plain, its reason."""
+
+    outcome: Outcome
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one image in a pass."""
+
+    image: Image
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One whole pass. ``duration`` is in seconds."""
+
+    started_at: datetime
+    duration: float
+    dry_run: bool
+    results: tuple[Result, ...]
+
+    def having(self, outcomes: Iterable[Outcome]) -> list[Result]:
+        """The results whose outcome is one of ``outcomes``."""
+        return [result for result in self.results if result.verdict.outcome in outcomes]
+
+
+class LnImagesError(Exception):
+    """A fault of the whole pass: one line that names the thing and the mend."""
+
+    exit_status = 1
+
+
+class ConfigurationError(LnImagesError):
+    """The command cannot work as it was told to; trying again does not help."""
+
+    exit_status = 2
+
+
+class TemporaryError(LnImagesError):
+    """The pass could not be made now; a later one may succeed (``EX_TEMPFAIL`` of sysexits.h)."""
+
+    exit_status = 75

@@ -1,0 +1,109 @@
+"""Outcomes -> table, JSON, exit status. Pure: it returns text and prints nothing."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ln_images.model import Outcome, Pass, Result
+from ln_images.plan import cache_name
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_COLUMNS = ("NAME", "ID", "STATUS", "SIZE", "OUTCOME", "REASON")
+_NAME_WIDTH = 30
+
+
+def printable(text: str) -> str:
+    """``text`` with every character escaped that could act on a terminal or forge a line of a log."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def exit_status(results: Iterable[Result]) -> int:
+    """0, or 1 where an image failed."""
+    return int(any(result.verdict.outcome is Outcome.FAILED for result in results))
+
+
+def listed(made: Pass, present_too: bool) -> list[Result]:
+    """The results that a report lists one by one: all but those already present, unless they are asked for."""
+    return [result for result in made.results if present_too or result.verdict.outcome is not Outcome.PRESENT]
+
+
+def document(made: Pass, present_too: bool) -> dict[str, Any]:
+    """The JSON document of one pass."""
+    counts = Counter(result.verdict.outcome for result in made.results)
+    return {
+        "version": 1,
+        "started_at": made.started_at.isoformat(),
+        "duration_seconds": round(made.duration, 3),
+        "dry_run": made.dry_run,
+        "counts": {outcome.value: counts[outcome] for outcome in Outcome},
+        "images": [
+            {
+                "id": image.id,
+                "name": image.name,
+                "status": image.status,
+                "disk_format": image.disk_format,
+                "size": image.size,
+                "cache_name": cache_name(image.id),
+                "outcome": verdict.outcome.value,
+                "reason": verdict.reason,
+            }
+            for image, verdict in ((result.image, result.verdict) for result in listed(made, present_too))
+        ],
+    }
+
+
+def summary(made: Pass) -> str:
+    """One line: how many images had which outcome, and how long the pass took."""
+    counts = Counter(result.verdict.outcome for result in made.results)
+    parts = [f"{counts[outcome]} {outcome}" for outcome in Outcome if counts[outcome]] or ["no images"]
+    return f"{'dry run: ' if made.dry_run else ''}{', '.join(parts)}, {made.duration:.1f} s"
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as aligned lines under a heading, or nothing where there are none."""
+    if not results:
+        return ""
+    rows = [_COLUMNS, *(_row(result) for result in results)]
+    widths = [max(_width(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    return "\n".join(
+        "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    image, verdict = result.image, result.verdict
+    return (
+        _fitted(printable(image.name) or "-", _NAME_WIDTH),
+        _fitted(printable(image.id), 8, ""),
+        _fitted(printable(image.status) or "-", _NAME_WIDTH),
+        size_text(image.size),
+        verdict.outcome.value,
+        printable(verdict.reason),
+    )
+
+
+def size_text(size: int | None) -> str:
+    """A size in bytes as people read it, in powers of 1024."""
+    if size is None:
+        return "-"
+    value, unit = float(size), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.1f} {_UNITS[unit]}" if unit else f"{size} B"
+
+
+def _width(text: str) -> int:
+    """How many columns of a terminal ``text`` takes (Unicode TR 11: wide and fullwidth take two)."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def _fitted(text: str, width: int, ellipsis: str = "~") -> str:
+    if _width(text) <= width:
+        return text
+    while _width(text) > width - len(ellipsis):
+        text = text[:-1]
+    return text + ellipsis
