@@ -142,8 +142,9 @@ def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
 def _missing(values: Mapping[str, Any], options: Mapping[str, "Opt"]) -> list[str]:
     """The variables without which the plugin would fail late, or with no word of what is missing."""
     default_domain = ("default_domain_name", "default_domain_id")
-    asks = [(dest,) for dest, option in options.items() if option.required or option.prompt or dest == "token"]
-    needed: list[tuple[str, ...]] = [*asks]
+    needed: list[tuple[str, ...]] = [
+        (dest,) for dest, option in options.items() if option.required or option.prompt or dest == "token"
+    ]
     if "user_id" in options and any(option.prompt for option in options.values()):
         needed.append(("username", "user_id"))
     if "application_credential_id" in options:

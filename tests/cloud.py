@@ -7,6 +7,7 @@ command under test is imported and timed without them.
 import contextlib
 import http.client
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -184,6 +185,14 @@ class Cloud:
         """Puts an image into a state that no API call leaves it in."""
         with self.database() as database:
             database.execute("UPDATE images SET status = ? WHERE id = ?", (status, image_id))
+
+    def clear(self) -> None:
+        """Forgets every image, and removes every file of the store, at once."""
+        with self.database() as database:
+            for table in ("image_members", "image_tags", "image_properties", "image_locations", "images"):
+                database.execute(f"DELETE FROM {table}")  # noqa: S608
+        shutil.rmtree(self.images)
+        self.images.mkdir(mode=0o700)
 
     def stop(self) -> None:
         """Ends every server that was started and waits until it is gone. May be called twice."""

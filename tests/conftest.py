@@ -1,0 +1,100 @@
+"""One real cloud for all tests, and a storage node on which the real command is run."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloud import Cloud
+
+COMMAND = Path(sys.executable).with_name("ln-images")
+# As root the tests link for somebody else, as in production; otherwise for whoever runs them.
+OWNER = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root: mounts, devices and other owners")
+
+
+@dataclass
+class Node:
+    """A storage node of the running cloud, with a cache directory of its own."""
+
+    cloud: Cloud
+    cache: Path
+
+    @property
+    def images(self) -> Path:
+        """Glance's store."""
+        return self.cloud.images
+
+    def environment(self, **variables: str | None) -> dict[str, str]:
+        """What the command runs in: an openrc, and this node's settings. None takes a variable away."""
+        kept = {key: value for key, value in os.environ.items() if key.startswith(("COV", "PATH"))}
+        settings = {
+            "LN_IMAGES_IMAGES_DIR": str(self.images),
+            "LN_IMAGES_CACHE_DIR": str(self.cache),
+            "LN_IMAGES_OWNER": f"{OWNER[0]}:{OWNER[1]}",
+        }
+        merged: dict[str, str | None] = {**kept, **self.cloud.environment(), **settings, **variables}
+        return {key: value for key, value in merged.items() if value is not None}
+
+    def run(self, *arguments: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
+        """Runs the installed command to its end."""
+        return subprocess.run(
+            [COMMAND, *arguments],
+            env=self.environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def outcomes(self, *arguments: str, status: int = 0) -> dict[str, tuple[str, str]]:
+        """Runs the command and returns (outcome, reason) by image id, those present included."""
+        run = self.run("--format", "json", "-v", *arguments)
+        assert run.returncode == status, run.stderr
+        document: dict[str, Any] = json.loads(run.stdout)
+        return {image["id"]: (image["outcome"], image["reason"]) for image in document["images"]}
+
+    def entry(self, image_id: str) -> Path:
+        """Where Nova looks for an image."""
+        return self.cache / hashlib.sha1(image_id.encode(), usedforsecurity=False).hexdigest()
+
+    def linked(self, image_id: str) -> bool:
+        """Whether the image has its link, exactly as it must be."""
+        try:
+            link, file = self.entry(image_id).lstat(), (self.images / image_id).lstat()
+        except FileNotFoundError:
+            return False
+        return (
+            (link.st_dev, link.st_ino) == (file.st_dev, file.st_ino)
+            and (link.st_uid, link.st_gid) == OWNER
+            and link.st_mode & 0o7777 == 0o644
+        )
+
+    def names(self) -> set[str]:
+        """Every name in the cache."""
+        return {path.name for path in self.cache.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    """The real Keystone and Glance, for the whole run of the tests."""
+    with Cloud(tmp_path_factory.mktemp("cloud") / "cloud") as running:
+        yield running
+
+
+@pytest.fixture
+def node(cloud: Cloud, request: pytest.FixtureRequest) -> Iterator[Node]:
+    """A storage node with an empty cache; the cloud's images are gone when the test ends."""
+    cache = (
+        cloud.directory / f"cache-{hashlib.sha1(request.node.nodeid.encode(), usedforsecurity=False).hexdigest()[:12]}"
+    )
+    cache.mkdir()
+    yield Node(cloud, cache)
+    cloud.clear()

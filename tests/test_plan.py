@@ -1,0 +1,197 @@
+"""The policy: every decision, as tables and for any state of cloud and disk."""
+
+import hashlib
+import stat
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ln_images.model import File, Image, Outcome, Verdict, Wanted
+from ln_images.plan import IN_FLIGHT, cache_name, is_image_id, judge_files, judge_image
+
+ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
+WANTED = Wanted(uid=107, gid=108, mode=0o644, disk_formats=frozenset({"raw", "qcow2"}), marks=True)
+IMAGE = Image(ID, "name", "active", "raw", 1000)
+SOURCE = File(device=1, inode=11, mode=stat.S_IFREG | 0o640, uid=64062, gid=64062, size=1000)
+LINK = replace(SOURCE, mode=stat.S_IFREG | 0o644, uid=107, gid=108, mark=ID)
+
+
+def verdict_of(image: Image, source: File | None, entry: File | None) -> Verdict:
+    """What the command decides: first by Glance's word, then by the disk."""
+    return judge_image(image, WANTED) or judge_files(image, source, entry, WANTED)
+
+
+def test_the_cache_name_is_novas() -> None:
+    """The golden vector, made by Nova itself; an id's case counts."""
+    assert cache_name(ID) == "0d5e6b61602d758984b3bf038267614d6016eb2a"
+    assert cache_name(ID.upper()) == hashlib.sha1(ID.upper().encode(), usedforsecurity=False).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_id"),
+    [
+        (ID, True),
+        (ID.upper(), True),
+        (ID + "\n", False),
+        (ID[:-1], False),
+        (ID + "0", False),
+        (ID.replace("-", ""), False),
+        (f"{{{ID}}}", False),
+        ("../../../../../../../../../etc/passwd", False),
+        ("", False),
+        (ID.replace("f", "\N{FULLWIDTH DIGIT ONE}"), False),
+        (ID.replace("0", "\N{ARABIC-INDIC DIGIT ONE}"), False),
+    ],
+)
+def test_only_ids_are_ids(text: str, is_id: bool) -> None:
+    """What becomes a file name is 8-4-4-4-12 ASCII hex digits and not one character more."""
+    assert is_image_id(text) is is_id
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome", "reason"),
+    [
+        ({"id": "../etc/passwd"}, "skipped", "not an image id"),
+        ({"status": "queued", "size": None}, "waiting", "status queued"),
+        ({"status": "saving"}, "waiting", "status saving"),
+        ({"status": "uploading"}, "waiting", "status uploading"),
+        ({"status": "importing"}, "waiting", "status importing"),
+        ({"status": "deactivated"}, "skipped", "status deactivated"),
+        ({"status": "killed"}, "skipped", "status killed"),
+        ({"status": "pending_delete"}, "skipped", "status pending_delete"),
+        ({"status": "deleted"}, "skipped", "status deleted"),
+        ({"status": "Active"}, "skipped", "status Active"),
+        ({"status": ""}, "skipped", "status "),
+        ({"disk_format": "vmdk"}, "skipped", "disk format vmdk"),
+        ({"disk_format": ""}, "skipped", "disk format unknown"),
+        ({"size": 0}, "skipped", "empty"),
+        ({"size": None}, "skipped", "Glance gives no size"),
+    ],
+)
+def test_glances_word_alone_decides(change: dict[str, object], outcome: str, reason: str) -> None:
+    """What is not finished waits, what cannot be linked is skipped, each with its reason, whatever the disk holds."""
+    image = replace(IMAGE, **change)  # type: ignore[arg-type]
+    for source, entry in ((SOURCE, None), (None, None), (SOURCE, LINK)):
+        assert verdict_of(image, source, entry) == Verdict(Outcome(outcome), reason)
+
+
+@pytest.mark.parametrize(
+    ("source", "entry", "outcome", "reason"),
+    [
+        (SOURCE, None, "linked", ""),
+        (SOURCE, LINK, "present", ""),
+        (SOURCE, replace(LINK, uid=0), "repaired", ""),
+        (SOURCE, replace(LINK, gid=0), "repaired", ""),
+        (SOURCE, replace(LINK, mode=stat.S_IFREG | 0o640), "repaired", ""),
+        (SOURCE, replace(LINK, mode=stat.S_IFREG | 0o4644), "repaired", ""),
+        (SOURCE, replace(LINK, mark=None), "repaired", ""),
+        (SOURCE, replace(LINK, mark=ID.upper()), "repaired", ""),
+        (None, None, "skipped", "no file here"),
+        (None, LINK, "skipped", "no file here"),
+        (replace(SOURCE, size=999), None, "waiting", "999 of 1000 bytes are here"),
+        (replace(SOURCE, size=0), None, "waiting", "0 of 1000 bytes are here"),
+        (replace(SOURCE, size=1001), None, "refused", "the file has 1001 bytes, Glance says 1000"),
+        (replace(SOURCE, mode=stat.S_IFLNK | 0o777), None, "refused", "the file is a symbolic link"),
+        (replace(SOURCE, mode=stat.S_IFIFO | 0o644), None, "refused", "the file is a FIFO"),
+        (replace(SOURCE, mode=stat.S_IFDIR | 0o755), None, "refused", "the file is a directory"),
+        (replace(SOURCE, mode=stat.S_IFSOCK | 0o755), None, "refused", "the file is a socket"),
+        (replace(SOURCE, mode=stat.S_IFBLK | 0o600), None, "refused", "the file is a device"),
+        (replace(SOURCE, mode=stat.S_IFCHR | 0o600), None, "refused", "the file is a device"),
+        (SOURCE, replace(LINK, inode=12), "occupied", "another file of the same size has the cache name"),
+        (SOURCE, replace(LINK, device=2), "occupied", "another file of the same size has the cache name"),
+        (
+            SOURCE,
+            replace(LINK, inode=12, size=7),
+            "occupied",
+            "another file has the cache name, and differs: 7 bytes, the image has 1000",
+        ),
+        (
+            SOURCE,
+            replace(LINK, inode=12, mode=stat.S_IFLNK | 0o777),
+            "occupied",
+            "the cache name is a symbolic link",
+        ),
+    ],
+)
+def test_the_disk_decides(source: File | None, entry: File | None, outcome: str, reason: str) -> None:
+    """An active image is linked when its file is whole and its name is free; a taken name is never replaced."""
+    assert verdict_of(IMAGE, source, entry) == Verdict(Outcome(outcome), reason)
+
+
+@pytest.mark.parametrize(
+    ("source", "entry", "outcome"),
+    [(None, None, "waiting"), (SOURCE, None, "waiting"), (SOURCE, LINK, "present")],
+)
+def test_an_image_that_is_being_copied_into_a_store_waits(
+    source: File | None, entry: File | None, outcome: str
+) -> None:
+    """An active image that Glance still copies into a store may be partial in this one; a link that stands is right."""
+    assert verdict_of(replace(IMAGE, importing_to="here"), source, entry).outcome is Outcome(outcome)
+
+
+def test_without_marks_a_link_needs_none() -> None:
+    """On a file system without extended attributes a link without a mark is present, not repaired for ever."""
+    assert judge_files(IMAGE, SOURCE, replace(LINK, mark=None), replace(WANTED, marks=False)).outcome is Outcome.PRESENT
+
+
+statuses = st.one_of(st.sampled_from(["active", "deactivated", "killed", *IN_FLIGHT]), st.text())
+sizes = st.one_of(st.none(), st.integers(0, 3), st.integers(0, 2**70))
+kinds = st.sampled_from([stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR, stat.S_IFIFO, stat.S_IFCHR])
+images = st.builds(
+    Image,
+    id=st.one_of(st.uuids().map(str), st.text()),
+    name=st.text(),
+    status=statuses,
+    disk_format=st.one_of(st.sampled_from(["raw", "qcow2", "vmdk"]), st.text()),
+    size=sizes,
+    importing_to=st.sampled_from(["", "store"]),
+)
+files = st.builds(
+    File,
+    device=st.integers(1, 2),
+    inode=st.integers(1, 2),
+    mode=st.builds(int.__or__, kinds, st.integers(0, 0o7777)),
+    uid=st.sampled_from([0, 107]),
+    gid=st.sampled_from([0, 108]),
+    size=st.integers(0, 3),
+    mark=st.one_of(st.none(), st.text()),
+)
+
+
+@given(images, st.none() | files, st.none() | files)
+def test_only_a_whole_active_image_with_a_free_name_is_linked(
+    image: Image, source: File | None, entry: File | None
+) -> None:
+    """For any state of cloud and disk: a link is made only when all that makes it right holds."""
+    verdict = verdict_of(image, source, entry)
+    if verdict.outcome is Outcome.LINKED:
+        assert image.status == "active"
+        assert is_image_id(image.id)
+        assert image.disk_format in WANTED.disk_formats
+        assert not image.importing_to
+        assert source is not None
+        assert stat.S_ISREG(source.mode)
+        assert source.size == image.size != 0
+        assert entry is None
+    if verdict.outcome is Outcome.REPAIRED:
+        assert entry is not None
+        assert source is not None
+        assert entry.same(source)
+    if verdict.outcome in (Outcome.WAITING, Outcome.SKIPPED, Outcome.REFUSED, Outcome.OCCUPIED):
+        assert verdict.reason
+
+
+@given(images, st.none() | files, st.none() | files)
+def test_planning_again_after_applying_finds_nothing_to_do(
+    image: Image, source: File | None, entry: File | None
+) -> None:
+    """What was linked or repaired is present in the next pass; every other verdict stays what it is."""
+    verdict = verdict_of(image, source, entry)
+    if verdict.outcome in (Outcome.LINKED, Outcome.REPAIRED):
+        assert source is not None
+        mended = replace(source, uid=107, gid=108, mode=stat.S_IFREG | 0o644, mark=image.id)
+        assert verdict_of(image, mended, mended) == Verdict(Outcome.PRESENT)
+    else:
+        assert verdict_of(image, source, entry) == verdict
