@@ -1,20 +1,22 @@
-# `make demo` and `make test` need Debian with python3, make and git; what else they need they install,
-# as root through apt where it is no Python package.
+# `make demo` and `make test` need Debian with python3, make and git. Whatever else they need they install:
+# Python packages into .venv and .cloud, Debian's through apt where they are run as root.
 
 VENV := .venv
-# The servers have an environment of their own: the command must work, and be timed, without them.
+# The servers have an environment of their own: the command must run, and be timed, without them.
 CLOUD := .cloud
-PYTHON := $(VENV)/bin/python
 export CLOUD_VENV := $(CURDIR)/$(CLOUD)
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed $(CLOUD)/installed
-	@$(PYTHON) tests/demo.py
+	@$(VENV)/bin/python tests/demo.py
 
-test: lint $(CLOUD)/installed tests/system-packages.installed
+test: lint $(CLOUD)/installed
+	@tests/need.sh "command -v qemu-img" qemu-utils
 	$(VENV)/bin/coverage erase
-	$(PYTHON) -m pytest
+	$(VENV)/bin/coverage run -m pytest
+	$(VENV)/bin/coverage combine --quiet
+	$(VENV)/bin/coverage report
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -22,5 +24,16 @@ lint: $(VENV)/installed
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(CLOUD) tests/system-packages.installed
+	rm -rf $(VENV) $(CLOUD)
 
+$(VENV)/installed: setup.py pyproject.toml
+	@tests/need.sh "python3 -c 'import ensurepip'" python3-venv
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(CLOUD)/installed: tests/cloud-requirements.txt
+	@tests/need.sh "python3 -c 'import ensurepip'" python3-venv
+	python3 -m venv $(CLOUD)
+	$(CLOUD)/bin/pip install --quiet --requirement $<
+	touch $@

@@ -197,7 +197,7 @@ class Cloud:
     def stop(self) -> None:
         """Ends every server that was started and waits until it is gone. May be called twice."""
         for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
         for process in self._processes:
             try:
@@ -269,14 +269,12 @@ class Cloud:
 
     def _serve(self, name: str) -> None:
         listener = self._sockets[name]
-        self._processes.append(
-            self._spawn(
-                *("python", "-m", "gunicorn", "--bind", f"fd://{listener.fileno()}"),
-                *("--worker-class", "gthread", "--threads", "16", "--timeout", "120"),
-                *("--no-control-socket", "--pythonpath", str(ROOT / "tests"), f"cloud_wsgi:{name}()"),
-                log=f"{name}-server.log",
-                listener=listener.fileno(),
-            )
+        self._spawn(
+            *("python", "-m", "gunicorn", "--bind", f"fd://{listener.fileno()}"),
+            *("--worker-class", "gthread", "--threads", "16", "--timeout", "120"),
+            *("--no-control-socket", "--pythonpath", str(ROOT / "tests"), f"cloud_wsgi:{name}()"),
+            log=f"{name}-server.log",
+            listener=listener.fileno(),
         )
         # Only the server holds the socket now: if it dies, a request is refused and does not hang.
         listener.close()
@@ -295,7 +293,7 @@ class Cloud:
             "glance-manage": ["--config-file", f"{self.directory}/glance-api.conf"],
         }.get(program, [])
         with (self.directory / log).open("ab") as output:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [SERVERS / "bin" / program, *configuration, *arguments],
                 cwd=self.directory,
                 env=environment,
@@ -305,16 +303,13 @@ class Cloud:
                 start_new_session=True,
                 pass_fds=() if listener is None else (listener,),
             )
+        self._processes.append(process)
+        return process
 
     def _finished(self, process: subprocess.Popen[bytes]) -> None:
-        try:
-            status = process.wait(START_SECONDS)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        if status:
+        if process.wait(START_SECONDS):
             raise RuntimeError(f"{process.args!r} failed: see {self.directory}/setup.log")
+        self._processes.remove(process)
 
 
 class Upload:
