@@ -24,14 +24,24 @@ if TYPE_CHECKING:
     from ln_images.disk import Disk
 
 LOG = logging.getLogger("ln_images")
-INTERRUPTED = 130
 _DISK_FORMATS = ("raw", "iso", "ami", "ari", "aki", "qcow2")
 _KNOWN_DISK_FORMATS = (*_DISK_FORMATS, "vmdk", "vhd", "vhdx", "vdi", "ploop")
 _LOG_BYTES, _LOG_FILES = 1024 * 1024, 5
 
 
+class _InterruptedError(LnImagesError):
+    exit_status = 130
+
+
 class _Command(click.Command):
     """Where every way out of the command ends: one line of error, and one exit status."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            # click would print an empty line of its own.
+            raise _InterruptedError("interrupted: what was linked stays, the next run does the rest") from None
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         _log_to_stderr()
@@ -45,9 +55,6 @@ class _Command(click.Command):
         except click.ClickException as error:
             LOG.error("%s: see ln-images --help", error.format_message().rstrip(".").replace("\n", " "))
             status = error.exit_code
-        except (KeyboardInterrupt, click.Abort):
-            LOG.error("interrupted: what was linked stays, the next run does the rest")
-            status = INTERRUPTED
         except LnImagesError as error:
             LOG.error("%s", error)
             status = error.exit_status

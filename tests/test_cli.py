@@ -1,0 +1,413 @@
+"""The command as its users run it, against the real Keystone and Glance."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+
+import ln_images
+from cloud import wait_until
+from conftest import COMMAND, OWNER, Node, needs_root
+from ln_images.cli import main
+from ln_images.disk import MARK
+
+DATA = b"\1" * 100_000
+
+
+def one_line(text: str) -> str:
+    """The one line of error that a run printed."""
+    assert re.fullmatch(r"ln-images: [^\n]+\n", text), text
+    return text
+
+
+def inode(path: Path) -> tuple[int, ...]:
+    """What a run could change of a file."""
+    status = path.lstat()
+    return (status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_nlink, status.st_ctime_ns)
+
+
+def test_every_kind_of_image_over_three_passes(node: Node) -> None:
+    """Each image is judged on its own: finished ones are linked, whatever state the others are in."""
+    cloud = node.cloud
+    other = cloud.as_user()
+    linked = {
+        cloud.image("raw", DATA),
+        cloud.image("upper", DATA, id="ABCDEF00-8375-44C9-B1F4-3E1F4C4A8EF0"),
+        cloud.image("hidden", DATA, os_hidden=True),
+        cloud.image("community", DATA, other, visibility="community"),
+        cloud.image("public", DATA, visibility="public"),
+        cloud.image("kernel", DATA, disk_format="aki", container_format="aki"),
+    }
+    waiting = {name: cloud.create(name) for name in ("queued", "saving", "importing", "uploading")}
+    upload = cloud.slow_upload(waiting["saving"], DATA)
+    stage = cloud.slow_upload(waiting["uploading"], DATA, "stage")
+    cloud.set_status(waiting["importing"], "importing")
+    wait_until(lambda: cloud.status(waiting["uploading"]) == "uploading", "uploading")
+    wait_until(lambda: (node.images / waiting["saving"]).exists(), "a file that is being saved")
+    skipped = {status: cloud.image(status, DATA) for status in ("deactivated", "pending_delete")}
+    cloud.image_api().post(f"/images/{skipped['deactivated']}/actions/deactivate")
+    cloud.set_status(skipped["pending_delete"], "pending_delete")
+    partial, empty = cloud.image("partial", DATA), cloud.image("empty", b"")
+    os.truncate(node.images / partial, 1000)
+    elsewhere = cloud.image("elsewhere", DATA)
+    (node.images / elsewhere).unlink()
+    vmdk = cloud.create("vmdk", disk_format="vmdk")
+    cloud.set_status(vmdk, "active")
+
+    expected = dict.fromkeys(linked, ("linked", ""))
+    expected |= {image_id: ("waiting", f"status {status}") for status, image_id in waiting.items()}
+    expected |= {image_id: ("skipped", f"status {status}") for status, image_id in skipped.items()}
+    expected |= {
+        partial: ("waiting", f"1000 of {len(DATA)} bytes are here"),
+        empty: ("skipped", "empty"),
+        elsewhere: ("skipped", "no file here"),
+        vmdk: ("skipped", "disk format vmdk"),
+    }
+    assert node.outcomes() == expected
+    assert all(node.linked(image_id) for image_id in linked)
+    assert node.names() == {node.entry(image_id).name for image_id in linked}
+
+    assert node.outcomes() == expected | dict.fromkeys(linked, ("present", ""))
+
+    upload.finish(DATA)
+    stage.abort()
+    gone = linked.pop()
+    cloud.delete(gone)
+    third = node.outcomes()
+    assert third[waiting["saving"]] == ("linked", "")
+    assert node.linked(waiting["saving"])
+    assert gone not in third
+    assert node.entry(gone).exists(), "a link is never taken away unasked"
+
+
+def test_images_of_two_projects_are_linked(node: Node) -> None:
+    """The administrator's credential links the private images of every project."""
+    tenant = node.cloud.add_user("tenant", "tenants", "member")
+    images = [node.cloud.image("private", DATA, tenant), node.cloud.image("mine", DATA)]
+    assert node.outcomes() == dict.fromkeys(images, ("linked", ""))
+
+
+def test_a_drifted_a_lost_and_an_occupied_link(node: Node) -> None:
+    """Owner and mode are repaired, a lost link is put back, a name of another file is left alone and reported."""
+    drifted, lost, taken = (node.cloud.image(name, DATA) for name in ("drifted", "lost", "taken"))
+    node.outcomes()
+    node.entry(drifted).chmod(0o600)
+    node.entry(lost).unlink()
+    node.entry(taken).unlink()
+    node.entry(taken).write_bytes(b"nova's own")
+    outcomes = {image_id: outcome for image_id, (outcome, _) in node.outcomes().items()}
+    assert outcomes == {drifted: "repaired", lost: "linked", taken: "occupied"}
+    assert node.linked(drifted)
+    assert node.linked(lost)
+    assert node.entry(taken).read_bytes() == b"nova's own"
+
+
+def test_mode_owner_and_formats_are_what_the_options_say(node: Node) -> None:
+    """--mode and --disk-format, given as options or in the environment, decide; formats are repeatable."""
+    raw = node.cloud.image("raw", DATA)
+    ramdisk = node.cloud.image("ramdisk", DATA, disk_format="ari", container_format="ari")
+    assert node.run("--mode", "0640", "--disk-format", "raw").returncode == 0
+    assert node.entry(raw).stat().st_mode & 0o7777 == 0o640
+    assert not node.entry(ramdisk).exists()
+    assert node.run(LN_IMAGES_MODE="0644", LN_IMAGES_DISK_FORMAT="raw ARI").returncode == 0
+    assert node.linked(raw)
+    assert node.linked(ramdisk)
+
+
+def test_a_dry_run_touches_nothing(node: Node) -> None:
+    """--dry-run reports what the next run does, changes nothing on disk, and does not need the lock."""
+    image = node.cloud.image("image", DATA)
+    before = inode(node.images / image)
+    descriptor = os.open(node.cache, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    run = node.run("--dry-run")
+    os.close(descriptor)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1].startswith("dry run: 1 linked, ")
+    assert inode(node.images / image) == before
+    assert not node.names()
+
+
+def test_a_text_report_is_a_table_and_a_summary(node: Node) -> None:
+    """Images present are counted, and listed only with -v; everything else is a row."""
+    image = node.cloud.image("debian", DATA)
+    queued = node.cloud.create("tomorrow")
+    row = f"debian    {image[:8]}  active  97.7 KiB  {{}}"
+    waits = f"tomorrow  {queued[:8]}  queued  -         waiting  status queued"
+    head = "NAME      ID        STATUS  SIZE      OUTCOME  REASON"
+    assert node.run().stdout.splitlines()[:-1] == [head, waits, row.format("linked")]
+    second = node.run().stdout.splitlines()
+    assert second[1:-1] == [waits.replace("  -         ", "  -     ")]
+    assert re.fullmatch(r"1 present, 1 waiting, \d+\.\d s", second[-1])
+    assert node.run("-v").stdout.splitlines()[:-1] == [head, waits, row.format("present")]
+
+
+def test_a_json_report_is_one_line_of_the_documents_shape(node: Node) -> None:
+    """The document has the fields, the counts and the images of the contract; those present only with -v."""
+    image = node.cloud.image("de\u202ebian\n", DATA)
+    run = node.run("--format", "json")
+    assert run.stdout.count("\n") == 1
+    assert run.stdout.isascii()
+    document = json.loads(run.stdout)
+    assert list(document) == ["version", "started_at", "duration_seconds", "dry_run", "counts", "images"]
+    assert (document["version"], document["dry_run"]) == (1, False)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d.*\+00:00", document["started_at"])
+    assert 0 < document["duration_seconds"] < 60
+    assert {key: count for key, count in document["counts"].items() if count} == {"linked": 1}
+    assert document["images"] == [
+        {
+            "id": image,
+            "name": "de\u202ebian\n",
+            "status": "active",
+            "disk_format": "raw",
+            "size": len(DATA),
+            "cache_name": node.entry(image).name,
+            "outcome": "linked",
+            "reason": "",
+        }
+    ]
+    assert json.loads(node.run("--format", "json").stdout)["images"] == []
+
+
+def test_quiet_prints_nothing_while_all_is_well(node: Node) -> None:
+    """Under -q a pass that fails nothing prints nothing, so that cron sends no mail; JSON tells of changes only."""
+    node.cloud.image("image", DATA)
+    node.cloud.create("queued")
+    first, second = node.run("-q"), node.run("-q")
+    assert [(run.returncode, run.stdout, run.stderr) for run in (first, second)] == [(0, "", "")] * 2
+    assert node.run("-q", "--format", "json").stdout == ""
+    node.cloud.image("another", DATA)
+    assert json.loads(node.run("-q", "--format", "json").stdout)["counts"]["linked"] == 1
+
+
+def test_the_log_file_tells_what_changed_and_where(node: Node, tmp_path: Path) -> None:
+    """Each change is one line with its time, level and place; a pass in which nothing changes adds none."""
+    log = tmp_path / "log"
+    image = node.cloud.image("two\nlines \x1b[31m", DATA)
+    node.run("-q", "--log-file", str(log))
+    node.run("-q", "--log-file", str(log))
+    line = (
+        rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} INFO cli\.py:\d+ linked: {image}"
+        rf" \(two\\nlines \\x1b\[31m\) as {node.entry(image).name}\n"
+    )
+    assert re.fullmatch(line, log.read_text())
+
+
+def test_the_log_file_rotates(node: Node, tmp_path: Path) -> None:
+    """At 1 MiB the log is set aside, and no more than five old ones are kept."""
+    log = tmp_path / "log"
+    for number in range(1, 6):
+        Path(f"{log}.{number}").write_text(str(number))
+    log.write_bytes(b"x" * (1024 * 1024 - 1))
+    node.cloud.image("image", DATA)
+    node.run("--log-file", str(log))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", *(f"log.{number}" for number in range(1, 6))]
+    assert "linked" in log.read_text()
+    assert Path(f"{log}.1").stat().st_size == 1024 * 1024 - 1
+    assert Path(f"{log}.5").read_text() == "4"
+
+
+@needs_root
+def test_a_failed_image_is_exit_status_1(node: Node, tmp_path: Path) -> None:
+    """What the system refuses is that image's failed line, on standard error too, and the status is 1."""
+    image = node.cloud.image("image", DATA)
+    subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
+    try:
+        images, cache = tmp_path / "images", tmp_path / "cache"
+        images.mkdir()
+        cache.mkdir()
+        (images / image).write_bytes(DATA)
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
+        run = node.run("-q", LN_IMAGES_IMAGES_DIR=str(images), LN_IMAGES_CACHE_DIR=str(cache))
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert one_line(run.stderr).endswith(
+        f"failed: {image} (image) as {node.entry(image).name}: Read-only file system\n"
+    )
+
+
+def test_the_lock_of_another_run_is_exit_status_75(node: Node) -> None:
+    """A run that finds another at work does nothing and says so."""
+    node.cloud.image("image", DATA)
+    descriptor = os.open(node.cache, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    run = node.run()
+    os.close(descriptor)
+    assert (run.returncode, run.stdout) == (75, "")
+    assert f"another run holds the lock on {node.cache}" in one_line(run.stderr)
+    assert not node.names()
+
+
+def test_configuration_beats_the_lock(node: Node) -> None:
+    """Where several faults hold, the most severe one decides: 2 before 75."""
+    descriptor = os.open(node.cache, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    run = node.run(OS_PASSWORD=None)
+    os.close(descriptor)
+    assert run.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--nonsense"], "--nonsense"),
+        (["surplus"], "surplus"),
+        (["--mode", "8"], "'8' is not an octal mode"),
+        (["--mode", "4755"], "'4755' is not an octal mode"),
+        (["--mode", "-1"], "'-1' is not an octal mode"),
+        (["--timeout", "0"], "--timeout"),
+        (["--timeout", "soon"], "--timeout"),
+        (["--disk-format", "qcow3"], "qcow3"),
+        (["--format", "xml"], "xml"),
+        (["--owner", "no-such-user"], "no-such-user"),
+        (["--owner", "root:no-such-group"], "no-such-group"),
+        (["--images-dir", "/no/such/directory"], "--images-dir /no/such/directory: No such file or directory"),
+        (["--cache-dir", "/no/such/directory"], "--cache-dir /no/such/directory: No such file or directory"),
+        (["--log-file", "/no/such/directory/log"], "--log-file /no/such/directory/log"),
+    ],
+)
+def test_wrong_usage_is_exit_status_2(node: Node, arguments: list[str], named: str) -> None:
+    """A wrong option is one line that names it, and nothing is done."""
+    run = node.run(*arguments)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert named in one_line(run.stderr)
+
+
+def test_a_report_that_cannot_be_written_is_one_line(node: Node) -> None:
+    """A full disk behind standard output is an error without a traceback; the link is made all the same."""
+    image = node.cloud.image("image", DATA)
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [COMMAND], env=node.environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert run.returncode == 1
+    assert "No space left on device" in one_line(run.stderr)
+    assert node.linked(image)
+
+
+def test_names_of_any_script_are_printed_under_any_locale(node: Node) -> None:
+    """A terminal that cannot show a name gets it escaped."""
+    node.cloud.image("\N{CJK UNIFIED IDEOGRAPH-4E2D}\u6587", DATA)
+    assert "\\u4e2d\\u6587" in node.run(PYTHONIOENCODING="iso-8859-1").stdout
+    assert "\u4e2d\u6587" in node.run("-v", PYTHONIOENCODING="utf-8").stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_that_waits_for_the_cloud(node: Node, number: int) -> None:
+    """Ctrl-C and SIGTERM end a run with status 130 and one line, also while a server is silent."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        process = subprocess.Popen(
+            [COMMAND],
+            env=node.environment(OS_AUTH_URL=f"http://127.0.0.1:{silent.getsockname()[1]}/v3"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        connection, _ = silent.accept()
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=20)
+        connection.close()
+    assert (process.returncode, output) == (130, "")
+    assert "interrupted" in one_line(errors)
+
+
+def begin_linking(node: Node) -> subprocess.Popen[str]:
+    """Starts the command and returns when it has made its first links."""
+    before = len(node.names())
+    process = subprocess.Popen([COMMAND, "-q"], env=node.environment(), stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len(node.names()) > before + 10 or process.poll() is not None, "the first links")
+    return process
+
+
+def test_killed_at_any_moment_only_right_names_are_there(node: Node) -> None:
+    """SIGKILL while thousands are linked leaves names that are right, and the next run makes the rest."""
+    images = node.cloud.add_many(2000)
+    for delay in (0.0, 0.01, 0.03, 0.1):
+        process = begin_linking(node)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        by_name = {node.entry(image).name: image for image in images}
+        assert all(node.linked(by_name[name]) for name in node.names())
+        for name in list(node.names())[:300]:
+            (node.cache / name).unlink()
+    assert node.run("-q").returncode == 0
+    assert all(node.linked(image) for image in images)
+    assert all(os.getxattr(node.entry(image), MARK) == image.encode() for image in images)
+
+
+def test_a_signal_stops_between_images(node: Node) -> None:
+    """SIGTERM while thousands are linked ends with status 130; every name there is right and marked."""
+    images = node.cloud.add_many(2000)
+    process = begin_linking(node)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in one_line(errors)
+    by_name = {node.entry(image).name: image for image in images}
+    assert 10 < len(node.names()) < len(images)
+    assert all(node.linked(by_name[name]) for name in node.names())
+
+
+def test_eight_runs_at_once_do_the_work_once(node: Node, tmp_path: Path) -> None:
+    """Of runs started together one has the lock at a time; those that find it held end with 75."""
+    images = node.cloud.add_many(500)
+    runs = [
+        subprocess.Popen(
+            [COMMAND, "-q", "--log-file", str(tmp_path / str(number))],
+            env=node.environment(),
+            stderr=subprocess.DEVNULL,
+        )
+        for number in range(8)
+    ]
+    statuses = sorted(run.wait(timeout=120) for run in runs)
+    assert set(statuses) == {0, 75}
+    assert all(node.linked(image) for image in images)
+    logged = "".join((tmp_path / str(number)).read_text() for number in range(8))
+    assert logged.count(" linked: ") == len(images)
+
+
+def test_help_and_version_need_no_cloud() -> None:
+    """--help and --version answer without an environment, and without the OpenStack clients."""
+    code = (
+        "import sys, ln_images.cli as c\n"
+        "try: c.main(['--help'])\n"
+        "except SystemExit as e: assert not e.code\n"
+        "sys.exit(any(m.startswith(('keystoneauth1', 'glanceclient', 'oslo')) for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+    for flag in ("-h", "--help"):
+        assert "Usage: ln-images [OPTIONS]" in subprocess.check_output([COMMAND, flag], text=True)
+    version = subprocess.check_output([sys.executable, "-m", "ln_images", "--version"], text=True)
+    assert version == f"ln-images, version {ln_images.__version__}\n"
+
+
+def test_every_option_has_its_variable() -> None:
+    """LN_IMAGES_<OPTION> is read for each option of the command."""
+    context = click.Context(main, info_name="ln-images", auto_envvar_prefix="LN_IMAGES")
+    for option in main.params:
+        name = max(option.opts, key=len).lstrip("-").replace("-", "_").upper()
+        if name in ("HELP", "VERSION"):
+            continue
+        explicit = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or [])
+        assert f"LN_IMAGES_{name}" in [*explicit, f"{context.auto_envvar_prefix}_{str(option.name).upper()}"]
+
+
+def test_an_owner_of_the_options_owns_the_link(node: Node) -> None:
+    """--owner takes numbers, and without a group the user's own."""
+    image = node.cloud.image("image", DATA)
+    if OWNER[0] != os.getuid():
+        assert node.run("--owner", "root").returncode == 0
+        assert node.entry(image).stat().st_uid == 0
+    assert node.run("--owner", f"{OWNER[0]}:{OWNER[1]}").returncode == 0
+    assert node.linked(image)
