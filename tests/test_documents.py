@@ -1,0 +1,87 @@
+"""What the documents say is what the command does."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cloud import ROOT, SERVERS
+from conftest import COMMAND, Node
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CRONTAB = (ROOT / "crontab.example").read_text(encoding="utf-8")
+
+
+def block(name: str) -> str:
+    """The fenced block of the README that follows the comment ``name``."""
+    found = re.search(rf"<!-- {name} -->\n```[a-z]*\n(.*?)```", README, re.DOTALL)
+    assert found, f"the README has no block {name}"
+    return found[1]
+
+
+def test_the_readmes_options_are_those_of_help() -> None:
+    """The README shows exactly what --help prints."""
+    shown = subprocess.check_output([COMMAND, "--help"], text=True, env={**os.environ, "COLUMNS": "100"})
+    assert block("help") == shown
+
+
+def without_what_varies(text: str) -> str:
+    """A transcript without inode numbers, durations and the user whom the demo uses."""
+    text = re.sub(r"^\d+ -rw", "INODE -rw", text, flags=re.MULTILINE)
+    text = re.sub(r"\d+\.\d s$", "TIME s", text, flags=re.MULTILINE)
+    text = re.sub(r"^This machine has no user qemu.*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"--owner \w+", "--owner USER", text)
+    return re.sub(r"(-rw-r--r-- \d) \S+ +\S+", r"\1 USER GROUP", text)
+
+
+def test_the_readmes_transcript_is_what_the_demo_prints() -> None:
+    """The README's first run was really run: the demo prints the same."""
+    demo = subprocess.run(
+        [sys.executable, ROOT / "tests" / "demo.py"],
+        env={**os.environ, "CLOUD_VENV": str(SERVERS)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert demo.returncode == 0, demo.stderr
+    assert without_what_varies(demo.stdout) == without_what_varies(block("demo"))
+
+
+def crontab_lines() -> list[str]:
+    """The commands of crontab.example, as cron hands them to the shell."""
+    return [line.split(None, 5)[5] for line in CRONTAB.splitlines() if line.startswith("*")]
+
+
+def test_the_crontab_makes_a_pass_every_ten_seconds() -> None:
+    """Six lines, each ten seconds later than the one before."""
+    sleeps = [int(found[1]) if (found := re.match(r"sleep (\d+)", line)) else 0 for line in crontab_lines()]
+    assert sleeps == [0, 10, 20, 30, 40, 50]
+
+
+@pytest.mark.parametrize("line", [0, 1])
+def test_a_line_of_the_crontab_works_under_crons_shell(node: Node, tmp_path: Path, line: int) -> None:
+    """A line links under /bin/sh with cron's few variables and the crontab's own, and prints nothing."""
+    image = node.cloud.image("image", b"\1" * 1000)
+    openrc = tmp_path / "admin-openrc"
+    openrc.write_text("".join(f"export {key}='{value}'\n" for key, value in node.cloud.environment().items()))
+    command = crontab_lines()[line].replace("/root/admin-openrc", str(openrc)).replace("sleep 10", "sleep 1")
+    settings = dict(re.findall(r"^([A-Z_]+)=(.*)$", CRONTAB, re.MULTILINE))
+    assert set(settings) == {"PATH", "MAILTO", "LN_IMAGES_LOG_FILE"}
+    here = {key: value for key, value in node.environment().items() if key.startswith(("LN_IMAGES_", "COV"))}
+    environment = {
+        **here,
+        **settings,
+        "HOME": str(tmp_path),
+        "LOGNAME": "root",
+        "SHELL": "/bin/sh",
+        "PATH": settings["PATH"].replace("/opt/ln-images/bin", str(COMMAND.parent)),
+        "LN_IMAGES_LOG_FILE": str(tmp_path / "log"),
+    }
+    run = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert node.linked(image)
+    assert f"linked: {image}" in (tmp_path / "log").read_text()
