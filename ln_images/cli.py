@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ln_images import __version__, report
+from ln_images import __version__, plan, report
 from ln_images.model import CHANGES, ConfigurationError, Image, LnImagesError, Outcome, Pass, Result, Wanted
-from ln_images.plan import cache_name, judge_image
 
 if TYPE_CHECKING:
     from ln_images.cloud import Cloud
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("ln_images")
 _DISK_FORMATS = ("raw", "iso", "ami", "ari", "aki", "qcow2")
 _KNOWN_DISK_FORMATS = (*_DISK_FORMATS, "vmdk", "vhd", "vhdx", "vdi", "ploop")
+# Past this many ids, asking for them in groups costs more than listing every image.
+LISTING_PAYS = 500
 _LOG_BYTES, _LOG_FILES = 1024 * 1024, 5
 
 
@@ -126,6 +127,7 @@ def _mode(_context: click.Context, _option: click.Parameter, value: str) -> int:
     default=30,
     help="For each HTTP request.",
 )
+@click.option("--full", is_flag=True, help="Ask Glance about every image, not just those not yet linked.")
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be done; touch nothing.")
 @click.option(
     "--format",
@@ -136,7 +138,7 @@ def _mode(_context: click.Context, _option: click.Parameter, value: str) -> int:
     help="Report on standard output; json is one line a pass.",
 )
 @click.option("--log-file", metavar="PATH", help="Rotating log, 1 MiB x 5.")
-@click.option("-v", "--verbose", is_flag=True, help="List present images too, and log more.")
+@click.option("-v", "--verbose", is_flag=True, help="List present images too, and say more.")
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 @click.version_option(__version__, prog_name="ln-images")
 def main(
@@ -147,6 +149,7 @@ def main(
     disk_formats: tuple[str, ...],
     os_cloud: str | None,
     timeout: float,
+    full: bool,
     dry_run: bool,
     report_format: str,
     log_file: str | None,
@@ -169,24 +172,32 @@ def main(
         if not disk.marks:
             LOG.debug("%s has no extended attributes: links get no mark", cache_dir)
         cloud = connect(os.environ, timeout, os_cloud)
-        made = _pass(cloud, disk, wanted, dry_run)
-    _print_report(made, report_format, verbose, quiet)
+        made = _pass(cloud, disk, wanted, full, dry_run)
+    _print_report(made, report_format, verbose or full, quiet)
     return report.exit_status(made.results)
 
 
-def _pass(cloud: "Cloud", disk: "Disk", wanted: Wanted, dry_run: bool) -> Pass:
-    """Asks, then settles image by image. The list is whole before anything is touched."""
+def _pass(cloud: "Cloud", disk: "Disk", wanted: Wanted, full: bool, dry_run: bool) -> Pass:
+    """Looks, asks, then settles image by image. The list is whole before anything is touched.
+
+    It looks before it asks, so that what is known of the disk is never newer than Glance's word for it.
+    """
     started_at, start = datetime.now(UTC), time.monotonic()
     # A dry run changes nothing, so it neither waits for a run at work nor makes the next one fail.
     with contextlib.nullcontext() if dry_run else disk.locked():
-        results = tuple(_settle(image, disk, wanted, dry_run) for image in cloud.images())
-    return Pass(started_at, time.monotonic() - start, dry_run, results)
+        look = disk.look()
+        settled = () if full else plan.settled(look, wanted)
+        unsettled = plan.unsettled(look, settled)
+        images = cloud.images(None if full or len(unsettled) > LISTING_PAYS else unsettled)
+        known = frozenset(settled)
+        results = tuple(_settle(image, disk, wanted, dry_run) for image in images if image.id not in known)
+    return Pass(started_at, time.monotonic() - start, dry_run, results, settled)
 
 
 def _settle(image: Image, disk: "Disk", wanted: Wanted, dry_run: bool) -> Result:
     with _uninterrupted():
-        verdict = judge_image(image, wanted) or disk.settle(image, wanted, dry_run)
-    what = f"{image.id} ({image.name}) as {cache_name(image.id)}"
+        verdict = plan.judge_image(image, wanted) or disk.settle(image, wanted, dry_run)
+    what = f"{image.id} ({image.name}) as {plan.cache_name(image.id)}"
     if verdict.outcome is Outcome.FAILED:
         LOG.error("failed: %s: %s", what, verdict.reason)
     elif verdict.outcome in CHANGES and not dry_run:

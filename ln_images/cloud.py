@@ -7,11 +7,12 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ln_images import __version__
 from ln_images.model import ConfigurationError, Image, TemporaryError
+from ln_images.plan import IN_FLIGHT
 
 if TYPE_CHECKING:
     from keystoneauth1.loading import BaseLoader, Opt
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 PAGE_SIZE = 1000
+# About 2 KB of a request line, for which every server and proxy has room.
+IDS_A_REQUEST = 50
 _LINE = 200
 _MEND = "`source admin-openrc` first, or give --os-cloud"
 # An application credential carries its scope; Keystone refuses one that is given beside it.
@@ -38,12 +41,28 @@ class Cloud:
         self._session = session
         self._endpoint: dict[str, Any] = {"service_type": "image", "region_name": region, "interface": interface}
 
-    def images(self) -> list[Image]:
-        """Every image that the credential can see, whole: a page that fails raises.
+    def images(self, ids: Sequence[str] | None = None) -> list[Image]:
+        """Every image that the credential can see, or those of ``ids`` and those in flight; always whole.
 
-        Raises ConfigurationError where the credential is refused or there is no image service, and
-        TemporaryError where the cloud cannot be reached or answers badly.
+        A page that fails raises: ConfigurationError where the credential is refused or there is no image
+        service, TemporaryError where the cloud cannot be reached or answers badly.
         """
+        client = self._glance()
+        with _asking("Glance"):
+            # Without visibility=all, other projects' community images are left out, and hidden ones are
+            # only ever listed by themselves.
+            if ids is None:
+                return list((_listed(client) | _listed(client, os_hidden="true")).values())
+            found = _listed(client, status=f"in:{','.join(sorted(IN_FLIGHT))}")
+            for start in range(0, len(ids), IDS_A_REQUEST):
+                group = ids[start : start + IDS_A_REQUEST]
+                found |= _listed(client, id=f"in:{','.join(group)}")
+                hidden = [image_id for image_id in group if image_id not in found]
+                if hidden:
+                    found |= _listed(client, id=f"in:{','.join(hidden)}", os_hidden="true")
+        return list(found.values())
+
+    def _glance(self) -> Any:
         from glanceclient.v2.client import Client
 
         with _asking("Keystone"):
@@ -51,14 +70,9 @@ class Cloud:
             self._warn_unless_administrator()
         if endpoint is None:
             raise ConfigurationError("the token names no image service: check OS_PROJECT_NAME and OS_REGION_NAME")
-        with _asking("Glance"):
-            # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version already.
-            unversioned = re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint)
-            client = Client(session=self._session, endpoint_override=unversioned, **self._endpoint)
-            # Without visibility=all, other projects' community images are left out, and hidden ones are
-            # only ever listed by themselves.
-            found = _listed(client, visibility="all") | _listed(client, visibility="all", os_hidden="true")
-        return list(found.values())
+        # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version already.
+        unversioned = re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint)
+        return Client(session=self._session, endpoint_override=unversioned, **self._endpoint)
 
     def _warn_unless_administrator(self) -> None:
         """Glance shows every project's images only to the role ``admin`` (its default policy)."""
@@ -206,7 +220,7 @@ def _line(error: Exception) -> str:
 
 def _listed(client: Any, **filters: str) -> dict[str, Image]:
     found: dict[str, Image] = {}
-    for document in client.images.list(page_size=PAGE_SIZE, filters=filters):
+    for document in client.images.list(page_size=PAGE_SIZE, filters={"visibility": "all"} | filters):
         image = image_of(document)
         if image.id in found:
             raise TemporaryError(f"Glance lists image {image.id} twice in one listing: its paging is broken")

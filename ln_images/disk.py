@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 
 from ln_images import inspection
-from ln_images.model import ConfigurationError, File, Image, Outcome, TemporaryError, Verdict, Wanted
+from ln_images.model import ConfigurationError, File, Image, Look, Outcome, TemporaryError, Verdict, Wanted
 from ln_images.plan import cache_name, judge_files
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -106,6 +106,14 @@ class Disk:
             yield
         finally:
             fcntl.flock(self._cache, fcntl.LOCK_UN)
+
+    def look(self) -> Look:
+        """Both directories as they are, read once each."""
+        with os.scandir(self._images) as names:
+            sources = {entry.name: entry.inode() for entry in names}
+        with os.scandir(self._cache) as names:
+            looked = ((entry.name, self._look(self._cache, entry.name, marked=True)) for entry in names)
+            return Look(sources, {name: file for name, file in looked if file is not None})
 
     def settle(self, image: Image, wanted: Wanted, dry_run: bool) -> Verdict:
         """Gives one finished image what it needs, or with ``dry_run`` says what that would be.
@@ -218,8 +226,10 @@ def _file(status: os.stat_result, mark: str | None = None) -> File:
         device=status.st_dev,
         inode=status.st_ino,
         mode=status.st_mode,
+        links=status.st_nlink,
         uid=status.st_uid,
         gid=status.st_gid,
         size=status.st_size,
+        changed=status.st_ctime,
         mark=mark,
     )

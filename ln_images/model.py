@@ -1,9 +1,10 @@
 """The words of this project: images, files, outcomes and errors. It imports nothing of ours."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Outcome(StrEnum):
@@ -34,25 +35,34 @@ class Image:
     importing_to: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(NamedTuple):
     """What one name in a directory stands for, never followed.
 
-    ``mode`` is the whole ``st_mode``, type included; ``mark`` is the image id that this tool left
-    on the inode, or None.
+    ``mode`` is the whole ``st_mode``, type included; ``size`` is in bytes; ``changed`` is the ctime, in
+    seconds since the epoch; ``mark`` is the image id that this tool left on the inode, or None.
     """
 
     device: int
     inode: int
     mode: int
+    links: int
     uid: int
     gid: int
     size: int
+    changed: float
     mark: str | None = None
 
     def same(self, other: "File") -> bool:
         """Whether both are names of one inode."""
         return (self.device, self.inode) == (other.device, other.inode)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Both directories at one moment: the store's inode numbers by name, the cache's files by name."""
+
+    sources: Mapping[str, int]
+    entries: Mapping[str, File]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +94,17 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One whole pass. ``duration`` is in seconds."""
+    """One whole pass. ``duration`` is in seconds.
+
+    ``settled`` are the images that the disk alone shows to be linked as they should be: nothing was asked
+    about them.
+    """
 
     started_at: datetime
     duration: float
     dry_run: bool
     results: tuple[Result, ...]
+    settled: tuple[str, ...] = ()
 
     def having(self, outcomes: Iterable[Outcome]) -> list[Result]:
         """The results whose outcome is one of ``outcomes``."""

@@ -7,8 +7,9 @@ A verdict names what should be done, by the outcome it will have when it is done
 import hashlib
 import re
 import stat
+from collections.abc import Iterable
 
-from ln_images.model import File, Image, Outcome, Verdict, Wanted
+from ln_images.model import File, Image, Look, Outcome, Verdict, Wanted
 
 # Glance accepts ids chosen by the user in this form, upper case included, and stores them as they are
 # (glance.api.v2.images, oslo_utils.uuidutils.is_uuid_like).
@@ -39,6 +40,23 @@ def cache_name(image_id: str) -> str:
     still gets a name, so that it can be reported.
     """
     return hashlib.sha1(image_id.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()
+
+
+def settled(look: Look, wanted: Wanted) -> tuple[str, ...]:
+    """The ids whose cache name is on the very inode of their file, with owner, mode and mark as wanted."""
+    return tuple(
+        image_id
+        for image_id, inode in look.sources.items()
+        if is_image_id(image_id)
+        and (entry := look.entries.get(cache_name(image_id))) is not None
+        and entry.inode == inode
+        and _is_right(entry, image_id, wanted)
+    )
+
+
+def unsettled(look: Look, settled_ids: Iterable[str]) -> list[str]:
+    """The ids that have a file and are not settled."""
+    return [name for name in look.sources.keys() - set(settled_ids) if is_image_id(name)]
 
 
 def judge_image(image: Image, wanted: Wanted) -> Verdict | None:
@@ -79,14 +97,14 @@ def judge_files(image: Image, source: File | None, entry: File | None, wanted: W
         return Verdict(Outcome.WAITING, copying) if copying else Verdict(Outcome.LINKED)
     if not entry.same(source):
         return Verdict(Outcome.OCCUPIED, _difference(source, entry))
-    return Verdict(Outcome.PRESENT) if _is_right(entry, image, wanted) else Verdict(Outcome.REPAIRED)
+    return Verdict(Outcome.PRESENT) if _is_right(entry, image.id, wanted) else Verdict(Outcome.REPAIRED)
 
 
-def _is_right(entry: File, image: Image, wanted: Wanted) -> bool:
+def _is_right(entry: File, image_id: str, wanted: Wanted) -> bool:
     return (
-        (entry.uid, entry.gid) == (wanted.uid, wanted.gid)
-        and stat.S_IMODE(entry.mode) == wanted.mode
-        and (entry.mark == image.id or not wanted.marks)
+        entry.mode == stat.S_IFREG | wanted.mode
+        and (entry.uid, entry.gid) == (wanted.uid, wanted.gid)
+        and (entry.mark == image_id or not wanted.marks)
     )
 
 

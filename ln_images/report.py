@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ln_images.model import Outcome, Pass, Result
+from ln_images.model import Image, Outcome, Pass, Result, Verdict
 from ln_images.plan import cache_name
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -27,18 +27,29 @@ def exit_status(results: Iterable[Result]) -> int:
 
 def listed(made: Pass, present_too: bool) -> list[Result]:
     """The results that a report lists one by one: all but those already present, unless they are asked for."""
-    return [result for result in made.results if present_too or result.verdict.outcome is not Outcome.PRESENT]
+    if not present_too:
+        return [result for result in made.results if result.verdict.outcome is not Outcome.PRESENT]
+    # Of these nothing was asked, and the id is all that is known.
+    settled = (Result(Image(image_id, "", "", "", None), Verdict(Outcome.PRESENT)) for image_id in made.settled)
+    return [*made.results, *settled]
+
+
+def counts(made: Pass) -> Counter[Outcome]:
+    """How many images had which outcome."""
+    found = Counter(result.verdict.outcome for result in made.results)
+    found[Outcome.PRESENT] += len(made.settled)
+    return found
 
 
 def document(made: Pass, present_too: bool) -> dict[str, Any]:
     """The JSON document of one pass."""
-    counts = Counter(result.verdict.outcome for result in made.results)
+    found = counts(made)
     return {
         "version": 1,
         "started_at": made.started_at.isoformat(),
         "duration_seconds": round(made.duration, 3),
         "dry_run": made.dry_run,
-        "counts": {outcome.value: counts[outcome] for outcome in Outcome},
+        "counts": {outcome.value: found[outcome] for outcome in Outcome},
         "images": [
             {
                 "id": image.id,
@@ -57,8 +68,8 @@ def document(made: Pass, present_too: bool) -> dict[str, Any]:
 
 def summary(made: Pass) -> str:
     """One line: how many images had which outcome, and how long the pass took."""
-    counts = Counter(result.verdict.outcome for result in made.results)
-    parts = [f"{counts[outcome]} {outcome}" for outcome in Outcome if counts[outcome]] or ["no images"]
+    found = counts(made)
+    parts = [f"{found[outcome]} {outcome}" for outcome in Outcome if found[outcome]] or ["no images"]
     return f"{'dry run: ' if made.dry_run else ''}{', '.join(parts)}, {made.duration:.1f} s"
 
 

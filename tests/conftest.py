@@ -56,7 +56,7 @@ class Node:
 
     def outcomes(self, *arguments: str, status: int = 0) -> dict[str, tuple[str, str]]:
         """Runs the command and returns (outcome, reason) by image id, those present included."""
-        run = self.run("--format", "json", "-v", *arguments)
+        run = self.run("--format", "json", "--full", *arguments)
         assert run.returncode == status, run.stderr
         document: dict[str, Any] = json.loads(run.stdout)
         return {image["id"]: (image["outcome"], image["reason"]) for image in document["images"]}

@@ -138,7 +138,7 @@ def test_a_dry_run_touches_nothing(node: Node) -> None:
 
 
 def test_a_text_report_is_a_table_and_a_summary(node: Node) -> None:
-    """Images present are counted, and listed only with -v; everything else is a row."""
+    """Images present are counted, and listed only with --full, or by id alone with -v; all else is a row."""
     image = node.cloud.image("debian", DATA)
     queued = node.cloud.create("tomorrow")
     row = f"debian    {image[:8]}  active  97.7 KiB  {{}}"
@@ -148,7 +148,8 @@ def test_a_text_report_is_a_table_and_a_summary(node: Node) -> None:
     second = node.run().stdout.splitlines()
     assert second[1:-1] == [waits.replace("  -         ", "  -     ")]
     assert re.fullmatch(r"1 present, 1 waiting, \d+\.\d s", second[-1])
-    assert node.run("-v").stdout.splitlines()[:-1] == [head, waits, row.format("present")]
+    assert node.run("--full").stdout.splitlines()[:-1] == [head, waits, row.format("present")]
+    assert f"-         {image[:8]}  -       -     present" in node.run("-v").stdout.splitlines()
 
 
 def test_a_json_report_is_one_line_of_the_documents_shape(node: Node) -> None:
@@ -299,7 +300,7 @@ def test_names_of_any_script_are_printed_under_any_locale(node: Node) -> None:
     """A terminal that cannot show a name gets it escaped."""
     node.cloud.image("\N{CJK UNIFIED IDEOGRAPH-4E2D}\u6587", DATA)
     assert "\\u4e2d\\u6587" in node.run(PYTHONIOENCODING="iso-8859-1").stdout
-    assert "\u4e2d\u6587" in node.run("-v", PYTHONIOENCODING="utf-8").stdout
+    assert "\u4e2d\u6587" in node.run("--full", PYTHONIOENCODING="utf-8").stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -14,8 +14,8 @@ from ln_images.plan import IN_FLIGHT, cache_name, is_image_id, judge_files, judg
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 WANTED = Wanted(uid=107, gid=108, mode=0o644, disk_formats=frozenset({"raw", "qcow2"}), marks=True)
 IMAGE = Image(ID, "name", "active", "raw", 1000)
-SOURCE = File(device=1, inode=11, mode=stat.S_IFREG | 0o640, uid=64062, gid=64062, size=1000)
-LINK = replace(SOURCE, mode=stat.S_IFREG | 0o644, uid=107, gid=108, mark=ID)
+SOURCE = File(1, 11, stat.S_IFREG | 0o640, links=1, uid=64062, gid=64062, size=1000, changed=0.0)
+LINK = SOURCE._replace(mode=stat.S_IFREG | 0o644, uid=107, gid=108, mark=ID)
 
 
 def verdict_of(image: Image, source: File | None, entry: File | None) -> Verdict:
@@ -82,34 +82,34 @@ def test_glances_word_alone_decides(change: dict[str, object], outcome: str, rea
     [
         (SOURCE, None, "linked", ""),
         (SOURCE, LINK, "present", ""),
-        (SOURCE, replace(LINK, uid=0), "repaired", ""),
-        (SOURCE, replace(LINK, gid=0), "repaired", ""),
-        (SOURCE, replace(LINK, mode=stat.S_IFREG | 0o640), "repaired", ""),
-        (SOURCE, replace(LINK, mode=stat.S_IFREG | 0o4644), "repaired", ""),
-        (SOURCE, replace(LINK, mark=None), "repaired", ""),
-        (SOURCE, replace(LINK, mark=ID.upper()), "repaired", ""),
+        (SOURCE, LINK._replace(uid=0), "repaired", ""),
+        (SOURCE, LINK._replace(gid=0), "repaired", ""),
+        (SOURCE, LINK._replace(mode=stat.S_IFREG | 0o640), "repaired", ""),
+        (SOURCE, LINK._replace(mode=stat.S_IFREG | 0o4644), "repaired", ""),
+        (SOURCE, LINK._replace(mark=None), "repaired", ""),
+        (SOURCE, LINK._replace(mark=ID.upper()), "repaired", ""),
         (None, None, "skipped", "no file here"),
         (None, LINK, "skipped", "no file here"),
-        (replace(SOURCE, size=999), None, "waiting", "999 of 1000 bytes are here"),
-        (replace(SOURCE, size=0), None, "waiting", "0 of 1000 bytes are here"),
-        (replace(SOURCE, size=1001), None, "refused", "the file has 1001 bytes, Glance says 1000"),
-        (replace(SOURCE, mode=stat.S_IFLNK | 0o777), None, "refused", "the file is a symbolic link"),
-        (replace(SOURCE, mode=stat.S_IFIFO | 0o644), None, "refused", "the file is a FIFO"),
-        (replace(SOURCE, mode=stat.S_IFDIR | 0o755), None, "refused", "the file is a directory"),
-        (replace(SOURCE, mode=stat.S_IFSOCK | 0o755), None, "refused", "the file is a socket"),
-        (replace(SOURCE, mode=stat.S_IFBLK | 0o600), None, "refused", "the file is a device"),
-        (replace(SOURCE, mode=stat.S_IFCHR | 0o600), None, "refused", "the file is a device"),
-        (SOURCE, replace(LINK, inode=12), "occupied", "another file of the same size has the cache name"),
-        (SOURCE, replace(LINK, device=2), "occupied", "another file of the same size has the cache name"),
+        (SOURCE._replace(size=999), None, "waiting", "999 of 1000 bytes are here"),
+        (SOURCE._replace(size=0), None, "waiting", "0 of 1000 bytes are here"),
+        (SOURCE._replace(size=1001), None, "refused", "the file has 1001 bytes, Glance says 1000"),
+        (SOURCE._replace(mode=stat.S_IFLNK | 0o777), None, "refused", "the file is a symbolic link"),
+        (SOURCE._replace(mode=stat.S_IFIFO | 0o644), None, "refused", "the file is a FIFO"),
+        (SOURCE._replace(mode=stat.S_IFDIR | 0o755), None, "refused", "the file is a directory"),
+        (SOURCE._replace(mode=stat.S_IFSOCK | 0o755), None, "refused", "the file is a socket"),
+        (SOURCE._replace(mode=stat.S_IFBLK | 0o600), None, "refused", "the file is a device"),
+        (SOURCE._replace(mode=stat.S_IFCHR | 0o600), None, "refused", "the file is a device"),
+        (SOURCE, LINK._replace(inode=12), "occupied", "another file of the same size has the cache name"),
+        (SOURCE, LINK._replace(device=2), "occupied", "another file of the same size has the cache name"),
         (
             SOURCE,
-            replace(LINK, inode=12, size=7),
+            LINK._replace(inode=12, size=7),
             "occupied",
             "another file has the cache name, and differs: 7 bytes, the image has 1000",
         ),
         (
             SOURCE,
-            replace(LINK, inode=12, mode=stat.S_IFLNK | 0o777),
+            LINK._replace(inode=12, mode=stat.S_IFLNK | 0o777),
             "occupied",
             "the cache name is a symbolic link",
         ),
@@ -133,7 +133,7 @@ def test_an_image_that_is_being_copied_into_a_store_waits(
 
 def test_without_marks_a_link_needs_none() -> None:
     """On a file system without extended attributes a link without a mark is present, not repaired for ever."""
-    assert judge_files(IMAGE, SOURCE, replace(LINK, mark=None), replace(WANTED, marks=False)).outcome is Outcome.PRESENT
+    assert judge_files(IMAGE, SOURCE, LINK._replace(mark=None), replace(WANTED, marks=False)).outcome is Outcome.PRESENT
 
 
 statuses = st.one_of(st.sampled_from(["active", "deactivated", "killed", *IN_FLIGHT]), st.text())
@@ -153,9 +153,11 @@ files = st.builds(
     device=st.integers(1, 2),
     inode=st.integers(1, 2),
     mode=st.builds(int.__or__, kinds, st.integers(0, 0o7777)),
+    links=st.integers(1, 2),
     uid=st.sampled_from([0, 107]),
     gid=st.sampled_from([0, 108]),
     size=st.integers(0, 3),
+    changed=st.just(0.0),
     mark=st.one_of(st.none(), st.text()),
 )
 
@@ -191,7 +193,7 @@ def test_planning_again_after_applying_finds_nothing_to_do(
     verdict = verdict_of(image, source, entry)
     if verdict.outcome in (Outcome.LINKED, Outcome.REPAIRED):
         assert source is not None
-        mended = replace(source, uid=107, gid=108, mode=stat.S_IFREG | 0o644, mark=image.id)
+        mended = source._replace(uid=107, gid=108, mode=stat.S_IFREG | 0o644, mark=image.id)
         assert verdict_of(image, mended, mended) == Verdict(Outcome.PRESENT)
     else:
         assert verdict_of(image, source, entry) == verdict
