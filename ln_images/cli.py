@@ -1,32 +1,23 @@
 """The command: options, wiring, exit status. The only place that prints or exits."""
 
-import contextlib
 import json
 import logging
 import logging.handlers
 import os
+import re
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Iterator
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from ln_images import __version__, plan, report
-from ln_images.model import CHANGES, ConfigurationError, Image, LnImagesError, Outcome, Pass, Result, Wanted
-
-if TYPE_CHECKING:
-    from ln_images.cloud import Cloud
-    from ln_images.disk import Disk
+from ln_images import __version__, report
+from ln_images.model import CHANGES, ConfigurationError, LnImagesError, Outcome, Pass, Wanted
 
 LOG = logging.getLogger("ln_images")
 _DISK_FORMATS = ("raw", "iso", "ami", "ari", "aki", "qcow2")
 _KNOWN_DISK_FORMATS = (*_DISK_FORMATS, "vmdk", "vhd", "vhdx", "vdi", "ploop")
-# Past this many ids, asking for them in groups costs more than listing every image.
-LISTING_PAYS = 500
 _LOG_BYTES, _LOG_FILES = 1024 * 1024, 5
 
 
@@ -69,6 +60,16 @@ class _Command(click.Command):
             LOG.error("a bug, please report it: %r at %s:%s", error, os.path.basename(where.filename), where.lineno)
             status = 1
         sys.exit(status)
+
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _duration(_context: click.Context, _option: click.Parameter, value: str) -> int:
+    found = re.fullmatch(r"([0-9]{1,9})([smhd]?)", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is not a duration such as 90s, 30m, 24h or 7d")
+    return int(found[1]) * _SECONDS[found[2]]
 
 
 def _mode(_context: click.Context, _option: click.Parameter, value: str) -> int:
@@ -128,6 +129,23 @@ def _mode(_context: click.Context, _option: click.Parameter, value: str) -> int:
     help="For each HTTP request.",
 )
 @click.option("--full", is_flag=True, help="Ask Glance about every image, not just those not yet linked.")
+@click.option("--prune", is_flag=True, help="Also remove links whose image is gone and that nothing uses.")
+@click.option(
+    "--prune-after",
+    metavar="DURATION",
+    default="24h",
+    callback=_duration,
+    help="How long nothing must have used such a link; 90s, 30m, 24h, 7d.",
+)
+@click.option(
+    "--instances-dir",
+    "instances_dirs",
+    envvar="LN_IMAGES_INSTANCES_DIR",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False),
+    multiple=True,
+    help="Instance disks whose backing files are never pruned; repeatable.",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be done; touch nothing.")
 @click.option(
     "--format",
@@ -150,6 +168,9 @@ def main(
     os_cloud: str | None,
     timeout: float,
     full: bool,
+    prune: bool,
+    prune_after: float,
+    instances_dirs: tuple[str, ...],
     dry_run: bool,
     report_format: str,
     log_file: str | None,
@@ -165,55 +186,27 @@ def main(
     # What a pass needs is imported when it is known that there is one: --help is quick.
     from ln_images.cloud import connect
     from ln_images.disk import Disk, owner_ids
+    from ln_images.run import Job, run_pass
 
     uid, gid = owner_ids(owner)
     with Disk(images_dir, cache_dir) as disk:
         wanted = Wanted(uid, gid, mode, frozenset(disk_formats), disk.marks)
         if not disk.marks:
             LOG.debug("%s has no extended attributes: links get no mark", cache_dir)
-        cloud = connect(os.environ, timeout, os_cloud)
-        made = _pass(cloud, disk, wanted, full, dry_run)
+        job = Job(
+            cloud=connect(os.environ, timeout, os_cloud),
+            disk=disk,
+            wanted=wanted,
+            full=full,
+            dry_run=dry_run,
+            prune_after=prune_after if prune else None,
+            instances_dirs=instances_dirs,
+        )
+        made = run_pass(job)
     _print_report(made, report_format, verbose or full, quiet)
-    return report.exit_status(made.results)
-
-
-def _pass(cloud: "Cloud", disk: "Disk", wanted: Wanted, full: bool, dry_run: bool) -> Pass:
-    """Looks, asks, then settles image by image. The list is whole before anything is touched.
-
-    It looks before it asks, so that what is known of the disk is never newer than Glance's word for it.
-    """
-    started_at, start = datetime.now(UTC), time.monotonic()
-    # A dry run changes nothing, so it neither waits for a run at work nor makes the next one fail.
-    with contextlib.nullcontext() if dry_run else disk.locked():
-        look = disk.look()
-        settled = () if full else plan.settled(look, wanted)
-        unsettled = plan.unsettled(look, settled)
-        images = cloud.images(None if full or len(unsettled) > LISTING_PAYS else unsettled)
-        known = frozenset(settled)
-        results = tuple(_settle(image, disk, wanted, dry_run) for image in images if image.id not in known)
-    return Pass(started_at, time.monotonic() - start, dry_run, results, settled)
-
-
-def _settle(image: Image, disk: "Disk", wanted: Wanted, dry_run: bool) -> Result:
-    with _uninterrupted():
-        verdict = plan.judge_image(image, wanted) or disk.settle(image, wanted, dry_run)
-    what = f"{image.id} ({image.name}) as {plan.cache_name(image.id)}"
-    if verdict.outcome is Outcome.FAILED:
-        LOG.error("failed: %s: %s", what, verdict.reason)
-    elif verdict.outcome in CHANGES and not dry_run:
-        LOG.info("%s: %s", verdict.outcome, what)
-    return Result(image, verdict)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back, so that a run stops between images."""
-    signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    if made.fault:
+        LOG.error("%s", made.fault)
+    return report.exit_status(made)
 
 
 def _print_report(made: Pass, report_format: str, verbose: bool, quiet: bool) -> None:

@@ -7,11 +7,11 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ln_images import __version__
-from ln_images.model import ConfigurationError, Image, TemporaryError
+from ln_images.model import ConfigurationError, Image, Server, TemporaryError
 from ln_images.plan import IN_FLIGHT
 
 if TYPE_CHECKING:
@@ -62,23 +62,51 @@ class Cloud:
                     found |= _listed(client, id=f"in:{','.join(hidden)}", os_hidden="true")
         return list(found.values())
 
+    def statuses(self, ids: Iterable[str]) -> dict[str, str]:
+        """Glance's status of each of ``ids`` that it knows; it answers 404 for the others.
+
+        Raises ConfigurationError without an administrator's token, to which alone 404 means that the image
+        is gone; otherwise as :meth:`images` does.
+        """
+        from glanceclient import exc
+
+        client = self._glance()
+        with _asking("Keystone"):
+            administrator = self._is_administrator()
+        if not administrator:
+            raise ConfigurationError("--prune needs a credential with the role admin: nothing was pruned")
+        known = {}
+        with _asking("Glance"):
+            for image_id in ids:
+                with contextlib.suppress(exc.HTTPNotFound):
+                    known[image_id] = image_of(client.images.get(image_id)).status
+        return known
+
+    def servers(self) -> list[Server]:
+        """Every server of every project, soft-deleted ones included.
+
+        Raises ConfigurationError where there is no compute service or the credential is refused, and
+        TemporaryError where Nova cannot be asked or does not see all of its cells.
+        """
+        raise NotImplementedError
+
     def _glance(self) -> Any:
         from glanceclient.v2.client import Client
 
         with _asking("Keystone"):
             endpoint = self._session.get_endpoint(**self._endpoint)
-            self._warn_unless_administrator()
+            if not self._is_administrator():
+                LOG.warning("the credential has no admin role: other projects' private images are not seen")
         if endpoint is None:
             raise ConfigurationError("the token names no image service: check OS_PROJECT_NAME and OS_REGION_NAME")
         # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version already.
         unversioned = re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint)
         return Client(session=self._session, endpoint_override=unversioned, **self._endpoint)
 
-    def _warn_unless_administrator(self) -> None:
+    def _is_administrator(self) -> bool:
         """Glance shows every project's images only to the role ``admin`` (its default policy)."""
         get_access = getattr(self._session.auth, "get_access", None)
-        if get_access and "admin" not in (role.lower() for role in get_access(self._session).role_names):
-            LOG.warning("the credential has no admin role: private images of other projects are not seen, nor linked")
+        return get_access is None or "admin" in (role.lower() for role in get_access(self._session).role_names)
 
 
 def connect(environment: Mapping[str, str], timeout: float, os_cloud: str | None = None) -> Cloud:

@@ -10,8 +10,9 @@ import fcntl
 import grp
 import os
 import pwd
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ln_images import inspection
 from ln_images.model import ConfigurationError, File, Image, Look, Outcome, TemporaryError, Verdict, Wanted
@@ -115,6 +116,20 @@ class Disk:
             looked = ((entry.name, self._look(self._cache, entry.name, marked=True)) for entry in names)
             return Look(sources, {name: file for name, file in looked if file is not None})
 
+    def remove(self, image_id: str, orphan: File) -> Verdict | None:
+        """Removes the cache entry of a deleted image, if it is still exactly what was found.
+
+        Returns None when it is gone, else why it is not.
+        """
+        name = cache_name(image_id)
+        try:
+            if self._look(self._cache, name, marked=True) != orphan:
+                return Verdict(Outcome.KEPT, "it has changed since it was looked at")
+            os.unlink(name, dir_fd=self._cache)
+        except OSError as error:
+            return Verdict(Outcome.FAILED, error.strerror or str(error))
+        return None
+
     def settle(self, image: Image, wanted: Wanted, dry_run: bool) -> Verdict:
         """Gives one finished image what it needs, or with ``dry_run`` says what that would be.
 
@@ -161,10 +176,8 @@ class Disk:
         except FileNotFoundError:
             yield None
             return
-        try:
+        with _closing(descriptor):
             yield descriptor
-        finally:
-            os.close(descriptor)
 
     def _mend(self, source: int, image_id: str, wanted: Wanted) -> None:
         """Owner, mode and mark of the open inode, each only where it differs."""
@@ -188,6 +201,54 @@ class Disk:
                 raise
             return self._judge(image, None, wanted)
         return Verdict(Outcome.LINKED)
+
+
+def backing_names(directories: Iterable[str]) -> tuple[dict[str, str], str]:
+    """What the disks below Nova's instance directories are backed by: ``<directory>/<server>/disk*``.
+
+    Returns the path of a disk by each cache name that its qcow2 header names, and the path of one of which
+    that cannot be told, or nothing. Symbolic links are not followed, and cannot be told.
+    """
+    backed: dict[str, str] = {}
+    doubtful: list[str] = []
+    for directory in directories:
+        errors: list[OSError] = []
+        for number, (path, servers, files, descriptor) in enumerate(os.fwalk(directory, onerror=errors.append)):
+            if number == 0:
+                doubtful += [f"{path}/{name}" for name in servers if _is_link(descriptor, name)]
+                continue
+            servers.clear()
+            for name in files:
+                if name.startswith("disk"):
+                    try:
+                        backed |= dict.fromkeys(_backed_by(descriptor, name), f"{path}/{name}")
+                    except FileNotFoundError:
+                        continue
+                    except (OSError, ValueError):
+                        doubtful.append(f"{path}/{name}")
+        doubtful += [f"{directory}/{error.filename}" for error in errors]
+    return backed, next(iter(doubtful), "")
+
+
+def _is_link(directory: int, name: str) -> bool:
+    return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+
+
+def _backed_by(directory: int, disk: str) -> list[str]:
+    """The cache names in the backing file of a disk; none for what QEMU cannot have as a disk, such as a FIFO."""
+    mode = os.stat(disk, dir_fd=directory, follow_symlinks=False).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+        return []
+    with _closing(os.open(disk, _SOURCE, dir_fd=directory)) as descriptor:
+        return re.findall(r"[0-9a-f]{40}", inspection.backing_file(descriptor).decode("latin-1"))
+
+
+@contextlib.contextmanager
+def _closing(descriptor: int) -> Iterator[int]:
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _open_directory(option: str, path: str) -> int:

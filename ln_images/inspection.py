@@ -6,11 +6,15 @@ A hard link bypasses that check, so it is made here, with the same library and t
 
 import io
 import os
+import struct
 from typing import IO, cast
 
 _CHUNK = 4096
 # Raw, qcow2 and ISO content is decided within 256 KiB, the extent of the longest header (VHDX).
 _AT_MOST = 1024 * 1024
+_QCOW2 = b"QFI\xfb"
+# The longest name that QEMU allows.
+_BACKING_NAME = 1023
 
 # What content may be found under each disk format. Raw disks may carry a partition table, hybrid ISOs
 # too, and QEMU reads kernels and ramdisks as raw.
@@ -65,6 +69,25 @@ def objection(descriptor: int, disk_format: str) -> str | None:
         # The library parses hostile bytes; Nova refuses, too, whatever it stumbles over.
         return f"the content cannot be judged ({type(error).__name__})"
     return None
+
+
+def backing_file(descriptor: int) -> bytes:
+    """What a qcow2 disk names as its backing file; nothing where it has none, or is no qcow2 disk.
+
+    Raises ValueError where the header is cut short or says what cannot be (QEMU, ``docs/interop/qcow2.txt``).
+    """
+    header = os.pread(descriptor, 20, 0)
+    if not header.startswith(_QCOW2):
+        return b""
+    if len(header) < 20:
+        raise ValueError("the header is cut short")
+    offset, size = struct.unpack_from(">QI", header, 8)
+    if not offset:
+        return b""
+    name = os.pread(descriptor, size, offset) if size <= _BACKING_NAME and offset < 2**63 else b""
+    if len(name) != size or not size:
+        raise ValueError("the name of the backing file cannot be read")
+    return name
 
 
 class _Reader:

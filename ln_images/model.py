@@ -1,7 +1,7 @@
 """The words of this project: images, files, outcomes and errors. It imports nothing of ours."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import NamedTuple
@@ -18,9 +18,11 @@ class Outcome(StrEnum):
     REFUSED = "refused"
     OCCUPIED = "occupied"
     FAILED = "failed"
+    PRUNED = "pruned"
+    KEPT = "kept"
 
 
-CHANGES = frozenset({Outcome.LINKED, Outcome.REPAIRED})
+CHANGES = frozenset({Outcome.LINKED, Outcome.REPAIRED, Outcome.PRUNED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,33 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class Server:
+    """One server as Nova tells of it. ``uses`` are the ids, in lower case, of its image, kernel and ramdisk."""
+
+    id: str
+    status: str
+    task_state: str
+    uses: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known so far that could keep an orphan.
+
+    ``now`` and ``prune_after`` are in seconds. ``images`` has Glance's status of each id it knows.
+    ``backed`` has the path of an instance disk by the cache name that it is backed by, and ``unreadable``
+    the path of one whose backing file cannot be told, or nothing.
+    """
+
+    now: float
+    prune_after: float
+    images: Mapping[str, str] = field(default_factory=dict)
+    servers: Sequence[Server] = ()
+    backed: Mapping[str, str] = field(default_factory=dict)
+    unreadable: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """An outcome and, where it is not plain, its reason."""
 
@@ -97,7 +126,8 @@ class Pass:
     """One whole pass. ``duration`` is in seconds.
 
     ``settled`` are the images that the disk alone shows to be linked as they should be: nothing was asked
-    about them.
+    about them. ``orphans`` are the links whose image's file is gone, by image id, as they were found;
+    ``fault`` is why the clean-up could not be made.
     """
 
     started_at: datetime
@@ -105,6 +135,8 @@ class Pass:
     dry_run: bool
     results: tuple[Result, ...]
     settled: tuple[str, ...] = ()
+    orphans: Mapping[str, File] = field(default_factory=dict)
+    fault: "LnImagesError | None" = None
 
     def having(self, outcomes: Iterable[Outcome]) -> list[Result]:
         """The results whose outcome is one of ``outcomes``."""

@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ln_images.model import Image, Outcome, Pass, Result, Verdict
@@ -20,9 +20,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def exit_status(results: Iterable[Result]) -> int:
-    """0, or 1 where an image failed."""
-    return int(any(result.verdict.outcome is Outcome.FAILED for result in results))
+def exit_status(made: Pass) -> int:
+    """The pass's own fault's, else 1 where an image failed, else 0. No fault is less severe than a failed image."""
+    if made.fault is not None:
+        return made.fault.exit_status
+    return int(bool(made.having({Outcome.FAILED})))
 
 
 def listed(made: Pass, present_too: bool) -> list[Result]:
@@ -70,6 +72,13 @@ def summary(made: Pass) -> str:
     """One line: how many images had which outcome, and how long the pass took."""
     found = counts(made)
     parts = [f"{found[outcome]} {outcome}" for outcome in Outcome if found[outcome]] or ["no images"]
+    pruned = [result.image.id for result in made.having({Outcome.PRUNED})]
+    freed = sum(made.orphans[image_id].size for image_id in pruned)
+    held = [file.size for image_id, file in made.orphans.items() if image_id not in set(pruned)]
+    if pruned:
+        parts.append(f"{size_text(freed)} freed")
+    if held:
+        parts.append(f"{size_text(sum(held))} held by {len(held)} deleted image{'s' * (len(held) > 1)}")
     return f"{'dry run: ' if made.dry_run else ''}{', '.join(parts)}, {made.duration:.1f} s"
 
 

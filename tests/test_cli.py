@@ -197,7 +197,7 @@ def test_the_log_file_tells_what_changed_and_where(node: Node, tmp_path: Path) -
     node.run("-q", "--log-file", str(log))
     node.run("-q", "--log-file", str(log))
     line = (
-        rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} INFO cli\.py:\d+ linked: {image}"
+        rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} INFO run\.py:\d+ linked: {image}"
         rf" \(two\\nlines \\x1b\[31m\) as {node.entry(image).name}\n"
     )
     assert re.fullmatch(line, log.read_text())

@@ -1,0 +1,122 @@
+"""One pass: look, ask, settle image by image, and clean up."""
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from ln_images import plan
+from ln_images.cloud import Cloud
+from ln_images.disk import Disk, backing_names
+from ln_images.model import CHANGES, Evidence, File, Image, LnImagesError, Outcome, Pass, Result, Verdict, Wanted
+
+LOG = logging.getLogger(__name__)
+# Past this many ids, asking for them in groups costs more than listing every image.
+LISTING_PAYS = 500
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every pass works with. ``prune_after`` is in seconds, and None where nothing is to be pruned."""
+
+    cloud: Cloud
+    disk: Disk
+    wanted: Wanted
+    full: bool
+    dry_run: bool
+    prune_after: float | None
+    instances_dirs: tuple[str, ...]
+
+
+def run_pass(job: Job) -> Pass:
+    """Makes one pass. Raises where it could not be made: nothing on disk is touched before the list is whole.
+
+    It looks before it asks, so that what is known of the disk is never newer than Glance's word for it.
+    """
+    started_at, start = datetime.now(UTC), time.monotonic()
+    # A dry run changes nothing, so it neither waits for a run at work nor makes the next one fail.
+    with contextlib.nullcontext() if job.dry_run else job.disk.locked():
+        look = job.disk.look()
+        settled = () if job.full else plan.settled(look, job.wanted)
+        unsettled = plan.unsettled(look, settled)
+        images = job.cloud.images(None if job.full or len(unsettled) > LISTING_PAYS else unsettled)
+        known = frozenset(settled)
+        results = [_settle(job, image) for image in images if image.id not in known]
+        orphans = plan.orphans(look)
+        fault = None
+        if job.prune_after is not None:
+            pruned, fault = _prune(job, orphans, Evidence(started_at.timestamp(), job.prune_after))
+            results += pruned
+    return Pass(started_at, time.monotonic() - start, job.dry_run, tuple(results), settled, orphans, fault)
+
+
+def _settle(job: Job, image: Image) -> Result:
+    with _uninterrupted():
+        verdict = plan.judge_image(image, job.wanted) or job.disk.settle(image, job.wanted, job.dry_run)
+        return _logged(job, Result(image, verdict))
+
+
+def _prune(job: Job, orphans: Mapping[str, File], evidence: Evidence) -> tuple[list[Result], LnImagesError | None]:
+    """Removes the orphans that nothing can need. Where something cannot be asked, it keeps all, and returns why."""
+    fault = None
+    try:
+        evidence = _gathered(job, orphans, evidence)
+    except LnImagesError as error:
+        fault = error
+    return [_settle_orphan(job, image_id, file, evidence, fault) for image_id, file in orphans.items()], fault
+
+
+def _gathered(job: Job, orphans: Mapping[str, File], evidence: Evidence) -> Evidence:
+    """Asks for more only while something would be pruned by what is known so far."""
+
+    def doubtful(known: Evidence) -> list[str]:
+        return [
+            image_id
+            for image_id, file in orphans.items()
+            if plan.judge_orphan(image_id, file, known).outcome is Outcome.PRUNED
+        ]
+
+    if ids := doubtful(evidence):
+        evidence = replace(evidence, images=job.cloud.statuses(ids))
+    if doubtful(evidence):
+        evidence = replace(evidence, servers=job.cloud.servers())
+    if doubtful(evidence):
+        backed, unreadable = backing_names(job.instances_dirs)
+        evidence = replace(evidence, backed=backed, unreadable=unreadable)
+    return evidence
+
+
+def _settle_orphan(job: Job, image_id: str, file: File, evidence: Evidence, fault: LnImagesError | None) -> Result:
+    image = Image(image_id, "", evidence.images.get(image_id, ""), "", file.size)
+    verdict = plan.judge_orphan(image_id, file, evidence)
+    with _uninterrupted():
+        if verdict.outcome is Outcome.PRUNED and fault is not None:
+            verdict = Verdict(Outcome.KEPT, "it could not be asked whether anything needs it")
+        elif verdict.outcome is Outcome.PRUNED and not job.dry_run:
+            verdict = job.disk.remove(image_id, file) or verdict
+        return _logged(job, Result(image, verdict))
+
+
+def _logged(job: Job, result: Result) -> Result:
+    """Logs what was changed or failed, and nothing of what stands: that would be every image, every 10 seconds."""
+    image, verdict = result.image, result.verdict
+    what = f"{image.id}{image.name and f' ({image.name})'} as {plan.cache_name(image.id)}"
+    if verdict.outcome is Outcome.FAILED:
+        LOG.error("failed: %s: %s", what, verdict.reason)
+    elif verdict.outcome in CHANGES and not job.dry_run:
+        LOG.info("%s: %s%s", verdict.outcome, what, verdict.reason and f": {verdict.reason}")
+    return result
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back, so that a run stops between images."""
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
