@@ -7,16 +7,20 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import click
 
 from ln_images import __version__, report
-from ln_images.model import CHANGES, ConfigurationError, LnImagesError, Outcome, Pass, Wanted
+from ln_images.model import CHANGES, ConfigurationError, LnImagesError, Outcome, Pass, TemporaryError, Wanted
 
 LOG = logging.getLogger("ln_images")
 _DISK_FORMATS = ("raw", "iso", "ami", "ari", "aki", "qcow2")
+# Exit statuses, the least severe first.
+_SEVERITY = (0, 1, 75, 2)
 _KNOWN_DISK_FORMATS = (*_DISK_FORMATS, "vmdk", "vhd", "vhdx", "vdi", "ploop")
 _LOG_BYTES, _LOG_FILES = 1024 * 1024, 5
 
@@ -129,6 +133,20 @@ def _mode(_context: click.Context, _option: click.Parameter, value: str) -> int:
     help="For each HTTP request.",
 )
 @click.option("--full", is_flag=True, help="Ask Glance about every image, not just those not yet linked.")
+@click.option(
+    "--every",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Repeat the pass inside one process.",
+)
+@click.option(
+    "--for",
+    "for_seconds",
+    envvar="LN_IMAGES_FOR",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    help="End the repeating in time; for crontab lines that start once a minute.",
+)
 @click.option("--prune", is_flag=True, help="Also remove links whose image is gone and that nothing uses.")
 @click.option(
     "--prune-after",
@@ -168,6 +186,8 @@ def main(
     os_cloud: str | None,
     timeout: float,
     full: bool,
+    every: float | None,
+    for_seconds: float | None,
     prune: bool,
     prune_after: float,
     instances_dirs: tuple[str, ...],
@@ -188,25 +208,58 @@ def main(
     from ln_images.disk import Disk, owner_ids
     from ln_images.run import Job, run_pass
 
+    if for_seconds is not None and every is None:
+        raise click.UsageError("--for needs --every")
     uid, gid = owner_ids(owner)
-    with Disk(images_dir, cache_dir) as disk:
-        wanted = Wanted(uid, gid, mode, frozenset(disk_formats), disk.marks)
-        if not disk.marks:
-            LOG.debug("%s has no extended attributes: links get no mark", cache_dir)
-        job = Job(
-            cloud=connect(os.environ, timeout, os_cloud),
-            disk=disk,
-            wanted=wanted,
-            full=full,
-            dry_run=dry_run,
-            prune_after=prune_after if prune else None,
-            instances_dirs=instances_dirs,
-        )
-        made = run_pass(job)
-    _print_report(made, report_format, verbose or full, quiet)
-    if made.fault:
-        LOG.error("%s", made.fault)
-    return report.exit_status(made)
+
+    def one_pass() -> int:
+        # Opened for each pass: a long run notices when a directory has been replaced or mounted over.
+        with Disk(images_dir, cache_dir) as disk:
+            made = run_pass(
+                Job(
+                    cloud=cloud,
+                    disk=disk,
+                    wanted=Wanted(uid, gid, mode, frozenset(disk_formats), disk.marks),
+                    full=full,
+                    dry_run=dry_run,
+                    prune_after=prune_after if prune else None,
+                    instances_dirs=instances_dirs,
+                )
+            )
+        _print_report(made, report_format, verbose or full, quiet)
+        if made.fault is not None:
+            LOG.error("%s", made.fault)
+        return report.exit_status(made)
+
+    # Wrong directories and missing credentials are told before anything is asked or locked.
+    Disk(images_dir, cache_dir).close()
+    cloud = connect(os.environ, timeout, os_cloud)
+    return one_pass() if every is None else _repeat(one_pass, every, for_seconds)
+
+
+def _repeat(one_pass: Callable[[], int], every: float, for_seconds: float | None) -> int:
+    """Makes passes on a steady clock and returns the status of the worst.
+
+    A pass that is too slow makes the next ones start later, never two at once. A cloud that goes away is waited
+    for, and told of once. With ``for_seconds``, no pass begins that would end later, if it takes as long as the last.
+    """
+    start = time.monotonic()
+    worst, fault = 0, ""
+    while True:
+        began = time.monotonic()
+        try:
+            worst = max(worst, one_pass(), key=_SEVERITY.index)
+            fault = ""
+        except TemporaryError as error:
+            worst = max(worst, error.exit_status, key=_SEVERITY.index)
+            if fault != str(error):
+                fault = str(error)
+                LOG.error("%s", error)
+        now = time.monotonic()
+        after = start + (int((now - start) / every) + 1) * every
+        if for_seconds is not None and after + (now - began) > start + for_seconds:
+            return worst
+        time.sleep(after - now)
 
 
 def _print_report(made: Pass, report_format: str, verbose: bool, quiet: bool) -> None:

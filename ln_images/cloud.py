@@ -39,6 +39,7 @@ class Cloud:
 
     def __init__(self, session: "Session", region: str | None, interface: str | list[str] | None) -> None:
         self._session = session
+        self._client: Any = None
         self._endpoint: dict[str, Any] = {"service_type": "image", "region_name": region, "interface": interface}
 
     def images(self, ids: Sequence[str] | None = None) -> list[Image]:
@@ -93,6 +94,8 @@ class Cloud:
     def _glance(self) -> Any:
         from glanceclient.v2.client import Client
 
+        if self._client is not None:
+            return self._client
         with _asking("Keystone"):
             endpoint = self._session.get_endpoint(**self._endpoint)
             if not self._is_administrator():
@@ -101,7 +104,8 @@ class Cloud:
             raise ConfigurationError("the token names no image service: check OS_PROJECT_NAME and OS_REGION_NAME")
         # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version already.
         unversioned = re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint)
-        return Client(session=self._session, endpoint_override=unversioned, **self._endpoint)
+        self._client = Client(session=self._session, endpoint_override=unversioned, **self._endpoint)
+        return self._client
 
     def _is_administrator(self) -> bool:
         """Glance shows every project's images only to the role ``admin`` (its default policy)."""

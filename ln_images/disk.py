@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import grp
+import logging
 import os
 import pwd
 import re
@@ -18,6 +19,7 @@ from ln_images import inspection
 from ln_images.model import ConfigurationError, File, Image, Look, Outcome, TemporaryError, Verdict, Wanted
 from ln_images.plan import cache_name, judge_files
 
+LOG = logging.getLogger(__name__)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # O_NOFOLLOW: a symbolic link is an error. O_NONBLOCK: a FIFO does not hold the run up.
 _SOURCE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -85,12 +87,18 @@ class Disk:
                     " link can cross: put both on one, under one mount point"
                 )
             self.marks = _bears_marks(self._cache)
+            if not self.marks:
+                LOG.debug("%s has no extended attributes: links get no mark", cache_dir)
             self._opened = opened.pop_all()
 
     def __enter__(self) -> "Disk":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes both directories."""
         self._opened.close()
 
     @contextlib.contextmanager

@@ -301,6 +301,7 @@ class Cloud:
         self._spawn(
             *("python", "-m", "gunicorn", "--bind", f"fd://{listener.fileno()}"),
             *("--worker-class", "gthread", "--threads", "16", "--timeout", "120"),
+            *("--access-logfile", f"{self.directory}/{name}-access.log"),
             *("--no-control-socket", "--pythonpath", str(ROOT / "tests"), f"cloud_wsgi:{name}()"),
             log=f"{name}-server.log",
             listener=listener.fileno(),
