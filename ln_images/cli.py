@@ -1,32 +1,41 @@
 """The command: options, wiring, exit status. The only place that prints or exits."""
 
+import contextlib
 import json
 import logging
-import logging.handlers
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import click
 
-from ln_images import __version__, report
-from ln_images.model import CHANGES, ConfigurationError, LnImagesError, Outcome, Pass, TemporaryError, Wanted
+from ln_images import __version__, logs, report
+from ln_images.model import (
+    CHANGES,
+    Image,
+    InterruptedByUserError,
+    LnImagesError,
+    Outcome,
+    Pass,
+    TemporaryError,
+    Wanted,
+)
 
-LOG = logging.getLogger("ln_images")
+LOG = logging.getLogger(__name__)
 _DISK_FORMATS = ("raw", "iso", "ami", "ari", "aki", "qcow2")
+_KNOWN_DISK_FORMATS = (*_DISK_FORMATS, "vmdk", "vhd", "vhdx", "vdi", "ploop")
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 # Exit statuses, the least severe first.
 _SEVERITY = (0, 1, 75, 2)
-_KNOWN_DISK_FORMATS = (*_DISK_FORMATS, "vmdk", "vhd", "vhdx", "vdi", "ploop")
-_LOG_BYTES, _LOG_FILES = 1024 * 1024, 5
-
-
-class _InterruptedError(LnImagesError):
-    exit_status = 130
+# A pass over fewer images is over before a progress bar can be read.
+_WORTH_A_BAR = 200
 
 
 class _Command(click.Command):
@@ -37,10 +46,10 @@ class _Command(click.Command):
             return super().invoke(context)
         except KeyboardInterrupt:
             # click would print an empty line of its own.
-            raise _InterruptedError("interrupted: what was linked stays, the next run does the rest") from None
+            raise InterruptedByUserError("interrupted: what was linked stays, the next run does the rest") from None
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _log_to_stderr()
+        logs.to_stderr()
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
         # cron and systemd end a run with SIGTERM: it stops it as Ctrl-C does.
@@ -66,7 +75,29 @@ class _Command(click.Command):
         sys.exit(status)
 
 
-_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+@dataclass(frozen=True)
+class _Settings:
+    """The options, by their names."""
+
+    images_dir: str
+    cache_dir: str
+    owner: str
+    mode: int
+    disk_formats: tuple[str, ...]
+    os_cloud: str | None
+    timeout: float
+    full: bool
+    every: float | None
+    for_seconds: float | None
+    prune: bool
+    prune_after: int
+    instances_dirs: tuple[str, ...]
+    dry_run: bool
+    report_format: str
+    log_file: str | None
+    metrics_file: str | None
+    verbose: bool
+    quiet: bool
 
 
 def _duration(_context: click.Context, _option: click.Parameter, value: str) -> int:
@@ -174,67 +205,59 @@ def _mode(_context: click.Context, _option: click.Parameter, value: str) -> int:
     help="Report on standard output; json is one line a pass.",
 )
 @click.option("--log-file", metavar="PATH", help="Rotating log, 1 MiB x 5.")
+@click.option("--metrics-file", metavar="PATH", help="Prometheus textfile; needs ln-images[metrics].")
 @click.option("-v", "--verbose", is_flag=True, help="List present images too, and say more.")
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 @click.version_option(__version__, prog_name="ln-images")
-def main(
-    images_dir: str,
-    cache_dir: str,
-    owner: str,
-    mode: int,
-    disk_formats: tuple[str, ...],
-    os_cloud: str | None,
-    timeout: float,
-    full: bool,
-    every: float | None,
-    for_seconds: float | None,
-    prune: bool,
-    prune_after: float,
-    instances_dirs: tuple[str, ...],
-    dry_run: bool,
-    report_format: str,
-    log_file: str | None,
-    verbose: bool,
-    quiet: bool,
-) -> int:
+def main(**options: Any) -> int:
     """Hard-link finished Glance images into Nova's shared image cache.
 
     Credentials come from OS_* variables, as in an openrc, or from clouds.yaml. Every option can also
     be given as LN_IMAGES_<OPTION> in the environment.
     """
-    _set_up_logs(log_file, verbose, quiet)
+    settings = _Settings(**options)
+    logs.set_up(settings.log_file, settings.verbose, settings.quiet)
+    if settings.for_seconds is not None and settings.every is None:
+        raise click.UsageError("--for needs --every")
+    one_pass = _passes(settings)
+    if settings.every is None:
+        return one_pass()
+    return _repeat(one_pass, settings.every, settings.for_seconds)
+
+
+def _passes(settings: _Settings) -> Callable[[], int]:
+    """All that passes share, as a function that makes one, reports it and returns its exit status."""
     # What a pass needs is imported when it is known that there is one: --help is quick.
     from ln_images.cloud import connect
     from ln_images.disk import Disk, owner_ids
     from ln_images.run import Job, run_pass
 
-    if for_seconds is not None and every is None:
-        raise click.UsageError("--for needs --every")
-    uid, gid = owner_ids(owner)
+    uid, gid = owner_ids(settings.owner)
+    # Wrong directories and missing credentials are told before anything is asked or locked.
+    Disk(settings.images_dir, settings.cache_dir).close()
+    cloud = connect(os.environ, settings.timeout, settings.os_cloud)
 
     def one_pass() -> int:
         # Opened for each pass: a long run notices when a directory has been replaced or mounted over.
-        with Disk(images_dir, cache_dir) as disk:
+        with Disk(settings.images_dir, settings.cache_dir) as disk:
             made = run_pass(
                 Job(
                     cloud=cloud,
                     disk=disk,
-                    wanted=Wanted(uid, gid, mode, frozenset(disk_formats), disk.marks),
-                    full=full,
-                    dry_run=dry_run,
-                    prune_after=prune_after if prune else None,
-                    instances_dirs=instances_dirs,
+                    wanted=Wanted(uid, gid, settings.mode, frozenset(settings.disk_formats), disk.marks),
+                    full=settings.full,
+                    dry_run=settings.dry_run,
+                    prune_after=settings.prune_after if settings.prune else None,
+                    instances_dirs=settings.instances_dirs,
+                    watch=_progress,
                 )
             )
-        _print_report(made, report_format, verbose or full, quiet)
         if made.fault is not None:
             LOG.error("%s", made.fault)
+        _print_report(made, settings)
         return report.exit_status(made)
 
-    # Wrong directories and missing credentials are told before anything is asked or locked.
-    Disk(images_dir, cache_dir).close()
-    cloud = connect(os.environ, timeout, os_cloud)
-    return one_pass() if every is None else _repeat(one_pass, every, for_seconds)
+    return one_pass
 
 
 def _repeat(one_pass: Callable[[], int], every: float, for_seconds: float | None) -> int:
@@ -262,53 +285,25 @@ def _repeat(one_pass: Callable[[], int], every: float, for_seconds: float | None
         time.sleep(after - now)
 
 
-def _print_report(made: Pass, report_format: str, verbose: bool, quiet: bool) -> None:
+@contextlib.contextmanager
+def _progress(images: list[Image]) -> Iterator[Iterator[Image]]:
+    """A progress bar on standard error for a long list, where somebody sits before it."""
+    if len(images) < _WORTH_A_BAR or not sys.stderr.isatty():
+        yield iter(images)
+    else:
+        with click.progressbar(images, label="Linking", file=sys.stderr) as bar:
+            yield iter(bar)
+
+
+def _print_report(made: Pass, settings: _Settings) -> None:
     """The report on standard output. Under ``--quiet`` only JSON, and only where something was done or failed."""
-    if report_format == "json":
-        if not quiet or made.having(CHANGES | {Outcome.FAILED}):
-            click.echo(json.dumps(report.document(made, verbose)))
-    elif not quiet:
-        lines = [report.table(report.listed(made, verbose)), report.summary(made)]
-        click.echo("\n".join(line for line in lines if line))
-
-
-class _OneLine(logging.Formatter):
-    """Escapes what comes from images and files, so that no line of it can pass for another."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return report.printable(super().format(record))
-
-
-class _ToStderr(logging.StreamHandler[Any]):
-    def format(self, record: logging.LogRecord) -> str:
-        level = "" if record.levelno in (logging.INFO, logging.ERROR) else f"{record.levelname.lower()}: "
-        return report.printable(f"ln-images: {level}{record.getMessage()}")
-
-
-def _log_to_stderr() -> None:
-    """Warnings and errors go to standard error; what other libraries log and warn of goes nowhere."""
-    logging.getLogger().handlers[:] = [logging.NullHandler()]
-    logging.captureWarnings(True)
-    LOG.propagate = False
-    LOG.setLevel(logging.DEBUG)
-    handler = _ToStderr(sys.stderr)
-    handler.setLevel(logging.WARNING)
-    LOG.handlers[:] = [handler]
-
-
-def _set_up_logs(log_file: str | None, verbose: bool, quiet: bool) -> None:
-    if verbose or quiet:
-        LOG.handlers[0].setLevel(logging.ERROR if quiet else logging.DEBUG)
-    if log_file is None:
-        return
-    try:
-        handler = logging.handlers.RotatingFileHandler(
-            log_file, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8", errors="backslashreplace"
-        )
-    except OSError as error:
-        raise ConfigurationError(
-            f"--log-file {log_file}: {error.strerror}: name a file in a directory that exists"
-        ) from None
-    handler.setLevel(logging.DEBUG if verbose else logging.INFO)
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(filename)s:%(lineno)d %(message)s"))
-    LOG.addHandler(handler)
+    everything = settings.verbose or settings.full
+    if settings.report_format == "json":
+        if not settings.quiet or made.having(CHANGES | {Outcome.FAILED}):
+            click.echo(json.dumps(report.document(made, everything)))
+    elif not settings.quiet:
+        terminal = sys.stdout.isatty()
+        width = shutil.get_terminal_size().columns if terminal else None
+        colour = terminal and not os.environ.get("NO_COLOR")
+        lines = [report.table(report.listed(made, everything), width, colour), report.summary(made)]
+        click.echo("\n".join(line for line in lines if line), color=colour)

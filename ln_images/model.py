@@ -159,3 +159,9 @@ class TemporaryError(LnImagesError):
     """The pass could not be made now; a later one may succeed (``EX_TEMPFAIL`` of sysexits.h)."""
 
     exit_status = 75
+
+
+class InterruptedByUserError(LnImagesError):
+    """Ctrl-C or SIGTERM."""
+
+    exit_status = 130

@@ -61,7 +61,7 @@ def settled(look: Look, wanted: Wanted) -> tuple[str, ...]:
 
 def unsettled(look: Look, settled_ids: Iterable[str]) -> list[str]:
     """The ids that have a file and are not settled."""
-    return [name for name in look.sources.keys() - set(settled_ids) if is_image_id(name)]
+    return sorted(name for name in look.sources.keys() - set(settled_ids) if is_image_id(name))
 
 
 def judge_image(image: Image, wanted: Wanted) -> Verdict | None:

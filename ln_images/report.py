@@ -5,12 +5,24 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import click
+
 from ln_images.model import Image, Outcome, Pass, Result, Verdict
 from ln_images.plan import cache_name
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _COLUMNS = ("NAME", "ID", "STATUS", "SIZE", "OUTCOME", "REASON")
-_NAME_WIDTH = 30
+_OUTCOME = _COLUMNS.index("OUTCOME")
+_WIDEST_NAME, _NARROWEST = 30, 10
+_COLOURS: dict[str, str] = {
+    Outcome.LINKED: "green",
+    Outcome.REPAIRED: "green",
+    Outcome.WAITING: "cyan",
+    Outcome.REFUSED: "red",
+    Outcome.OCCUPIED: "yellow",
+    Outcome.FAILED: "red",
+    Outcome.PRUNED: "magenta",
+}
 
 
 def printable(text: str) -> str:
@@ -82,24 +94,34 @@ def summary(made: Pass) -> str:
     return f"{'dry run: ' if made.dry_run else ''}{', '.join(parts)}, {made.duration:.1f} s"
 
 
-def table(results: Sequence[Result]) -> str:
-    """The results as aligned lines under a heading, or nothing where there are none."""
+def table(results: Sequence[Result], width: int | None = None, colour: bool = False) -> str:
+    """The results as aligned lines under a heading, or nothing where there are none.
+
+    With ``width`` no line takes more columns of the terminal: names are cut first, then reasons.
+    """
     if not results:
         return ""
     rows = [_COLUMNS, *(_row(result) for result in results)]
     widths = [max(_width(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    if width is not None:
+        spare = width - sum(widths[1:5]) - 2 * (len(widths) - 1)
+        widths[0] = min(widths[0], max(_NARROWEST, spare - widths[5]))
+        widths[5] = min(widths[5], max(_NARROWEST, spare - widths[0]))
+    lines = []
+    for row in rows:
+        cells = [_padded(_fitted(cell, column), column) for cell, column in zip(row, widths, strict=True)]
+        if colour:
+            cells[_OUTCOME] = click.style(cells[_OUTCOME], fg=_COLOURS.get(row[_OUTCOME]), bold=row is _COLUMNS)
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _row(result: Result) -> tuple[str, ...]:
     image, verdict = result.image, result.verdict
     return (
-        _fitted(printable(image.name) or "-", _NAME_WIDTH),
-        _fitted(printable(image.id), 8, ""),
-        _fitted(printable(image.status) or "-", _NAME_WIDTH),
+        _fitted(printable(image.name) or "-", _WIDEST_NAME),
+        printable(image.id)[:8],
+        _fitted(printable(image.status) or "-", _WIDEST_NAME),
         size_text(image.size),
         verdict.outcome.value,
         printable(verdict.reason),
@@ -121,9 +143,13 @@ def _width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
-def _fitted(text: str, width: int, ellipsis: str = "~") -> str:
+def _fitted(text: str, width: int) -> str:
     if _width(text) <= width:
         return text
-    while _width(text) > width - len(ellipsis):
+    while _width(text) > width - 1:
         text = text[:-1]
-    return text + ellipsis
+    return f"{text}~"
+
+
+def _padded(text: str, width: int) -> str:
+    return text + " " * (width - _width(text))

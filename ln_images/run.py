@@ -4,7 +4,8 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -20,7 +21,10 @@ LISTING_PAYS = 500
 
 @dataclass(frozen=True)
 class Job:
-    """What every pass works with. ``prune_after`` is in seconds, and None where nothing is to be pruned."""
+    """What a pass works with. ``prune_after`` is in seconds, and None where nothing is to be pruned.
+
+    ``watch`` gives the images back one by one, and may show how far it has come.
+    """
 
     cloud: Cloud
     disk: Disk
@@ -29,6 +33,7 @@ class Job:
     dry_run: bool
     prune_after: float | None
     instances_dirs: tuple[str, ...]
+    watch: Callable[[list[Image]], AbstractContextManager[Iterable[Image]]] = contextlib.nullcontext
 
 
 def run_pass(job: Job) -> Pass:
@@ -42,9 +47,10 @@ def run_pass(job: Job) -> Pass:
         look = job.disk.look()
         settled = () if job.full else plan.settled(look, job.wanted)
         unsettled = plan.unsettled(look, settled)
-        images = job.cloud.images(None if job.full or len(unsettled) > LISTING_PAYS else unsettled)
         known = frozenset(settled)
-        results = [_settle(job, image) for image in images if image.id not in known]
+        asked = job.cloud.images(None if job.full or len(unsettled) > LISTING_PAYS else unsettled)
+        with job.watch([image for image in asked if image.id not in known]) as images:
+            results = [_settle(job, image) for image in images]
         orphans = plan.orphans(look)
         fault = None
         if job.prune_after is not None:
