@@ -17,8 +17,10 @@ from typing import Any, NoReturn
 import click
 
 from ln_images import __version__, logs, report
+from ln_images.metrics import Textfile
 from ln_images.model import (
     CHANGES,
+    AnotherRunError,
     Image,
     InterruptedByUserError,
     LnImagesError,
@@ -219,14 +221,37 @@ def main(**options: Any) -> int:
     logs.set_up(settings.log_file, settings.verbose, settings.quiet)
     if settings.for_seconds is not None and settings.every is None:
         raise click.UsageError("--for needs --every")
-    one_pass = _passes(settings)
-    if settings.every is None:
-        return one_pass()
-    return _repeat(one_pass, settings.every, settings.for_seconds)
+    textfile = Textfile(settings.metrics_file) if settings.metrics_file and not settings.dry_run else None
+    with _failure_told(textfile):
+        make = _passes(settings)
+
+    def one_pass() -> int:
+        with _failure_told(textfile):
+            made = make()
+        status = report.exit_status(made)
+        if made.fault is not None:
+            LOG.error("%s", made.fault)
+        _print_report(made, settings)
+        if textfile is not None:
+            textfile.write(made, status, time.time())
+        return status
+
+    return one_pass() if settings.every is None else _repeat(one_pass, settings.every, settings.for_seconds)
 
 
-def _passes(settings: _Settings) -> Callable[[], int]:
-    """All that passes share, as a function that makes one, reports it and returns its exit status."""
+@contextlib.contextmanager
+def _failure_told(textfile: Textfile | None) -> Iterator[None]:
+    """Writes the metrics of a pass that could not be made. A run that finds another at work leaves them to that one."""
+    try:
+        yield
+    except LnImagesError as error:
+        if textfile is not None and not isinstance(error, AnotherRunError):
+            textfile.write(None, error.exit_status, time.time())
+        raise
+
+
+def _passes(settings: _Settings) -> Callable[[], Pass]:
+    """All that passes share, as a function that makes one."""
     # What a pass needs is imported when it is known that there is one: --help is quick.
     from ln_images.cloud import connect
     from ln_images.disk import Disk, owner_ids
@@ -237,10 +262,10 @@ def _passes(settings: _Settings) -> Callable[[], int]:
     Disk(settings.images_dir, settings.cache_dir).close()
     cloud = connect(os.environ, settings.timeout, settings.os_cloud)
 
-    def one_pass() -> int:
+    def make() -> Pass:
         # Opened for each pass: a long run notices when a directory has been replaced or mounted over.
         with Disk(settings.images_dir, settings.cache_dir) as disk:
-            made = run_pass(
+            return run_pass(
                 Job(
                     cloud=cloud,
                     disk=disk,
@@ -252,12 +277,8 @@ def _passes(settings: _Settings) -> Callable[[], int]:
                     watch=_progress,
                 )
             )
-        if made.fault is not None:
-            LOG.error("%s", made.fault)
-        _print_report(made, settings)
-        return report.exit_status(made)
 
-    return one_pass
+    return make
 
 
 def _repeat(one_pass: Callable[[], int], every: float, for_seconds: float | None) -> int:

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from ln_images import inspection
-from ln_images.model import ConfigurationError, File, Image, Look, Outcome, TemporaryError, Verdict, Wanted
+from ln_images.model import AnotherRunError, ConfigurationError, File, Image, Look, Outcome, Room, Verdict, Wanted
 from ln_images.plan import cache_name, judge_files
 
 LOG = logging.getLogger(__name__)
@@ -103,14 +103,14 @@ class Disk:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the cache directory's lock. Raises TemporaryError where another run holds it.
+        """Holds the cache directory's lock. Raises AnotherRunError where another run holds it.
 
         It is an flock(2) on the directory itself: no lock file in ``_base``, and nothing stale after a crash.
         """
         try:
             fcntl.flock(self._cache, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TemporaryError(f"another run holds the lock on {self._cache_dir}: let it finish") from None
+            raise AnotherRunError(f"another run holds the lock on {self._cache_dir}: let it finish") from None
         try:
             yield
         finally:
@@ -123,6 +123,11 @@ class Disk:
         with os.scandir(self._cache) as names:
             looked = ((entry.name, self._look(self._cache, entry.name, marked=True)) for entry in names)
             return Look(sources, {name: file for name, file in looked if file is not None})
+
+    def room(self) -> Room:
+        """The room on the file system of both directories."""
+        status = os.fstatvfs(self._cache)
+        return Room(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize, status.f_favail)
 
     def remove(self, image_id: str, orphan: File) -> Verdict | None:
         """Removes the cache entry of a deleted image, if it is still exactly what was found.

@@ -121,6 +121,14 @@ class Result:
     verdict: Verdict
 
 
+class Room(NamedTuple):
+    """The room on the cache's file system, in bytes and inodes, as an ordinary user has it."""
+
+    size: int
+    free: int
+    free_inodes: int
+
+
 @dataclass(frozen=True, slots=True)
 class Pass:
     """One whole pass. ``duration`` is in seconds.
@@ -134,6 +142,7 @@ class Pass:
     duration: float
     dry_run: bool
     results: tuple[Result, ...]
+    room: Room
     settled: tuple[str, ...] = ()
     orphans: Mapping[str, File] = field(default_factory=dict)
     fault: "LnImagesError | None" = None
@@ -159,6 +168,10 @@ class TemporaryError(LnImagesError):
     """The pass could not be made now; a later one may succeed (``EX_TEMPFAIL`` of sysexits.h)."""
 
     exit_status = 75
+
+
+class AnotherRunError(TemporaryError):
+    """Another run holds the lock."""
 
 
 class InterruptedByUserError(LnImagesError):

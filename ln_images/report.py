@@ -80,17 +80,23 @@ def document(made: Pass, present_too: bool) -> dict[str, Any]:
     }
 
 
+def held(made: Pass) -> list[int]:
+    """The sizes, in bytes, of the links that still hold the blocks of a deleted image after the pass."""
+    pruned = {result.image.id for result in made.having({Outcome.PRUNED})}
+    return [file.size for image_id, file in made.orphans.items() if image_id not in pruned]
+
+
 def summary(made: Pass) -> str:
     """One line: how many images had which outcome, and how long the pass took."""
     found = counts(made)
     parts = [f"{found[outcome]} {outcome}" for outcome in Outcome if found[outcome]] or ["no images"]
-    pruned = [result.image.id for result in made.having({Outcome.PRUNED})]
-    freed = sum(made.orphans[image_id].size for image_id in pruned)
-    held = [file.size for image_id, file in made.orphans.items() if image_id not in set(pruned)]
+    pruned = made.having({Outcome.PRUNED})
+    freed = sum(made.orphans[result.image.id].size for result in pruned)
+    still = held(made)
     if pruned:
         parts.append(f"{size_text(freed)} freed")
-    if held:
-        parts.append(f"{size_text(sum(held))} held by {len(held)} deleted image{'s' * (len(held) > 1)}")
+    if still:
+        parts.append(f"{size_text(sum(still))} held by {len(still)} deleted image{'s' * (len(still) > 1)}")
     return f"{'dry run: ' if made.dry_run else ''}{', '.join(parts)}, {made.duration:.1f} s"
 
 

@@ -56,7 +56,16 @@ def run_pass(job: Job) -> Pass:
         if job.prune_after is not None:
             pruned, fault = _prune(job, orphans, Evidence(started_at.timestamp(), job.prune_after))
             results += pruned
-    return Pass(started_at, time.monotonic() - start, job.dry_run, tuple(results), settled, orphans, fault)
+    return Pass(
+        started_at=started_at,
+        duration=time.monotonic() - start,
+        dry_run=job.dry_run,
+        results=tuple(results),
+        room=job.disk.room(),
+        settled=settled,
+        orphans=orphans,
+        fault=fault,
+    )
 
 
 def _settle(job: Job, image: Image) -> Result:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import pytest
 
 from cloud import Cloud
 
+# Whatever ends the tests, the servers that they started are stopped first.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 COMMAND = Path(sys.executable).with_name("ln-images")
 # As root the tests link for somebody else, as in production; otherwise for whoever runs them.
 OWNER = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())

@@ -17,6 +17,7 @@ from ln_images.model import (
     Outcome,
     Pass,
     Result,
+    Room,
     TemporaryError,
     Verdict,
 )
@@ -29,7 +30,7 @@ def made_of(*outcomes: Outcome, name: str = "debian", **changes: object) -> Pass
     """A pass in which images had these outcomes."""
     image = Image(ID, name, "active", "raw", 3 * 1024**3)
     results = tuple(Result(image, Verdict(outcome)) for outcome in outcomes)
-    made = Pass(datetime(2026, 1, 1, tzinfo=UTC), 0.94, False, results)
+    made = Pass(datetime(2026, 1, 1, tzinfo=UTC), 0.94, False, results, Room(10**9, 10**8, 10**6))
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
