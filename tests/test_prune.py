@@ -1,18 +1,21 @@
 """The clean-up: every condition alone keeps an entry, and what anything refers to is never removed."""
 
+import json
 import os
 import stat
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import Node
 from ln_images.disk import MARK, Disk, backing_names
 from ln_images.model import Evidence, File, Look, Outcome, Server, Verdict
 from ln_images.plan import age, cache_name, judge_orphan, orphans
+from nova import Nova, a_server
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = "a0000000-0000-4000-8000-000000000000"
@@ -244,3 +247,215 @@ def test_a_base_named_by_a_json_backing_file_is_found(instances: Path) -> None:
     qemu_img("create", "-f", "qcow2", "-b", name, "-F", "raw", instances / "s1" / "disk.json")
     (instances / "s1" / "disk").unlink()
     assert backing_names([str(instances)]) == ({NAME: f"{instances}/s1/disk.json"}, "")
+
+
+DATA = b"\1" * 5000
+
+
+@pytest.fixture
+def nova(node: Node) -> Iterator[Nova]:
+    """A compute service in the real catalog, with no servers yet."""
+    with Nova(node.cloud, max_limit=3) as serving:
+        yield serving
+
+
+def deleted_image(node: Node) -> str:
+    """An image that was linked and then deleted from Glance."""
+    image = node.cloud.image("deleted", DATA)
+    assert node.outcomes()[image] == ("linked", "")
+    node.cloud.delete(image)
+    return image
+
+
+def prune(node: Node, *arguments: str, status: int = 0, after: str = "0") -> dict[str, tuple[str, str]]:
+    """Runs a pass that prunes what has not been used for ``after``."""
+    return node.outcomes("--prune", "--prune-after", after, *arguments, status=status)
+
+
+def test_an_image_that_nothing_needs_is_pruned_and_a_second_prune_finds_nothing(node: Node, nova: Nova) -> None:
+    """Linked first, then pruned: the entry of a deleted image goes, every other one stays."""
+    gone, stays = deleted_image(node), node.cloud.image("stays", DATA)
+    nova.servers = [a_server(f"s{n}", stays) for n in range(7)]
+    outcomes = prune(node)
+    assert outcomes[stays] == ("linked", "")
+    assert outcomes[gone][0] == "pruned"
+    assert node.names() == {node.entry(stays).name}
+    assert prune(node) == {stays: ("present", "")}
+
+
+def test_a_dry_run_asks_everything_and_removes_nothing(node: Node, nova: Nova) -> None:
+    """--dry-run --prune reports what would be pruned, and how many bytes that would free."""
+    gone = deleted_image(node)
+    run = node.run("--dry-run", "--prune", "--prune-after", "0")
+    assert "dry run: 1 pruned, 4.9 KiB freed" in run.stdout
+    assert nova.paths
+    assert node.entry(gone).exists()
+
+
+def test_what_orphans_hold_is_told_without_prune(node: Node) -> None:
+    """The disk alone tells how much the links of deleted images hold, in every pass."""
+    gone = deleted_image(node)
+    run = node.run()
+    assert ", 4.9 KiB held by 1 deleted image, " in run.stdout
+    assert node.entry(gone).exists()
+
+
+def test_a_young_orphan_is_kept_and_nothing_is_asked(node: Node, nova: Nova) -> None:
+    """By default an entry stays for a day after its last use, and Nova is not bothered for it."""
+    gone = deleted_image(node)
+    outcome, reason = node.outcomes("--prune")[gone]
+    assert (outcome, reason.endswith("ago, kept for 1 d")) == ("kept", True)
+    assert not nova.paths
+
+
+USES = {
+    "image": lambda image: a_server("s", image),
+    "image in upper case": lambda image: a_server("s", image.upper()),
+    "soft-deleted": lambda image: a_server("s", image, status="SOFT_DELETED"),
+    "shelved": lambda image: a_server("s", image, status="SHELVED_OFFLOADED"),
+    "kernel": lambda image: a_server("s", None, **{"OS-EXT-SRV-ATTR:kernel_id": image}),
+    "ramdisk": lambda image: a_server("s", None, **{"OS-EXT-SRV-ATTR:ramdisk_id": image}),
+}
+
+
+@pytest.mark.parametrize(("use", "before"), [("image", 0), ("image", 3), *((use, 7) for use in USES)])
+def test_a_server_on_any_page_keeps_its_base(node: Node, nova: Nova, use: str, before: int) -> None:
+    """Whatever a server uses an image for, and on whichever page of Nova's list it is, the entry is kept."""
+    gone = deleted_image(node)
+    nova.servers = [a_server(f"v{n}", None) for n in range(before)] + [USES[use](gone)]
+    assert prune(node)[gone] == ("kept", "server s was built from it")
+    assert node.entry(gone).exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"status": "RESCUE"}, {"status": "REBUILD"}, {"OS-EXT-STS:task_state": "rebuild_spawning"}],
+)
+def test_a_server_between_images_keeps_everything(node: Node, nova: Nova, changes: dict[str, str]) -> None:
+    """While a server is rescued, rebuilt or unshelved, nothing is pruned, and the report says which server."""
+    gone = deleted_image(node)
+    nova.servers = [a_server("odd", None, **changes)]
+    outcome, reason = prune(node)[gone]
+    assert (outcome, "server odd is in " in reason) == ("kept", True)
+
+
+def kept_with_fault(node: Node, image: str, *arguments: str, status: int = 75, **variables: str) -> str:
+    """Runs a prune that cannot be made: the new image is linked, the orphan kept. Returns the one line of error."""
+    new = node.cloud.image("new", DATA)
+    run = node.run("--prune", "--prune-after", "0", "--format", "json", *arguments, **variables)
+    assert run.returncode == status, run.stderr
+    outcomes = {one["id"]: one["outcome"] for one in json.loads(run.stdout)["images"]}
+    assert outcomes == {new: "linked", image: "kept"}
+    assert node.linked(new)
+    assert node.entry(image).exists()
+    (line,) = run.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("with_server", [True, False])
+def test_a_cell_that_is_down_keeps_everything(node: Node, nova: Nova, with_server: bool) -> None:
+    """Its servers are left out of the paged list; the first answer and the services show that they exist."""
+    gone = deleted_image(node)
+    nova.servers, nova.down = [a_server("far", gone)] * with_server, ["far"]
+    assert "does not see all of its cells" in kept_with_fault(node, gone)
+
+
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [
+        *((0, answer) for answer in (500, 404, 406, 403, b"[]", b'{"servers": null}')),
+        (1, 503),
+        (2, 503),
+        (3, b"rubbish"),
+    ],
+)
+def test_a_nova_that_answers_badly_keeps_everything(node: Node, nova: Nova, number: int, answer: int | bytes) -> None:
+    """Whichever of its requests fails, the page after the first included, nothing is pruned and links are made."""
+    gone = deleted_image(node)
+    nova.servers = [a_server(f"s{n}", None) for n in range(5)]
+    nova.answers = {number: answer}
+    assert "Nova" in kept_with_fault(node, gone, status=2 if answer == 403 else 75)
+
+
+def test_a_nova_that_hangs_keeps_everything(node: Node, nova: Nova) -> None:
+    """--timeout holds for Nova, too."""
+    gone = deleted_image(node)
+    nova.hangs = True
+    assert "timed out" in kept_with_fault(node, gone, "--timeout", "1")
+
+
+def test_a_server_that_is_listed_once_and_then_not_keeps_everything(node: Node, nova: Nova) -> None:
+    """What was in the first answer must be in the whole list."""
+    gone = deleted_image(node)
+    nova.servers = [a_server("s", None)]
+    nova.answers = {2: b'{"servers": []}'}
+    assert "server s once and then not" in kept_with_fault(node, gone)
+
+
+def test_a_cloud_without_nova_keeps_everything(node: Node) -> None:
+    """Without a compute service in the catalog nothing is pruned, and the error says so."""
+    assert "no compute service" in kept_with_fault(node, deleted_image(node), status=2)
+
+
+def test_a_plain_member_prunes_nothing(node: Node, nova: Nova) -> None:
+    """To a member Glance answers 404 for other projects' images, too: only an administrator's token may prune."""
+    gone = deleted_image(node)
+    node.cloud.add_user("pruner", "pruners", "member")
+    run = node.run("--prune", "--prune-after", "0", "-q", **node.cloud.environment("pruner", "pruners"))
+    assert run.returncode == 2
+    assert "needs a credential with the role admin" in run.stderr
+    assert node.entry(gone).exists()
+    assert not nova.paths
+
+
+@pytest.mark.parametrize("status", ["queued", "deactivated", "pending_delete", "killed"])
+@pytest.mark.usefixtures("nova")
+def test_an_image_that_glance_knows_is_kept(node: Node, status: str) -> None:
+    """A file that is gone is not an image that is gone: whatever the status, Glance's word keeps the entry."""
+    image = node.cloud.image("image", DATA)
+    node.outcomes()
+    node.cloud.set_status(image, status)
+    (node.images / image).unlink()
+    run = json.loads(node.run("--prune", "--prune-after", "0", "--format", "json").stdout)
+    kept = [one for one in run["images"] if one["outcome"] == "kept"]
+    assert [(one["id"], one["reason"]) for one in kept] == [(image, f"Glance has the image: status {status}")]
+    assert node.entry(image).exists()
+
+
+@pytest.mark.usefixtures("nova")
+def test_an_instance_disk_keeps_its_base(node: Node, tmp_path: Path) -> None:
+    """With --instances-dir a real overlay keeps its base, also one that no server names (LP#1732428)."""
+    gone, other = deleted_image(node), deleted_image(node)
+    server = tmp_path / "instances" / "s1"
+    server.mkdir(parents=True)
+    qemu_img("create", "-f", "qcow2", "-b", node.entry(gone), "-F", "raw", server / "disk")
+    outcomes = prune(node, "--instances-dir", str(server.parent))
+    assert outcomes[gone] == ("kept", f"{server}/disk is backed by it")
+    assert outcomes[other][0] == "pruned"
+
+
+@pytest.mark.usefixtures("nova")
+def test_novas_own_files_are_never_pruned(node: Node) -> None:
+    """Whatever else lies in the cache stays, however old it is."""
+    name = cache_name(ID)
+    own = [name, f"{name}.part", f"{name}.converted", f"{name}_20", "ephemeral_20_40d1d2c", "swap_512"]
+    for path in own:
+        (node.cache / path).write_bytes(b"nova")
+    assert prune(node) == {}
+    assert node.names() == set(own)
+
+
+@pytest.mark.parametrize("duration", ["", "x", "-1", "1w", "1.5h", "h", "1 h", "99999999999s"])
+def test_what_is_no_duration_is_refused(node: Node, duration: str) -> None:
+    """--prune-after takes seconds, or a whole number with s, m, h or d."""
+    run = node.run("--prune-after", duration)
+    assert run.returncode == 2
+    assert "--prune-after" in run.stderr
+
+
+@pytest.mark.parametrize("duration", ["86400", "86400s", "1440m", "24h", "1d"])
+@pytest.mark.usefixtures("nova")
+def test_durations_are_understood(node: Node, duration: str) -> None:
+    """Plain seconds and each unit say the same day."""
+    gone = deleted_image(node)
+    assert prune(node, after=duration)[gone][1].endswith("kept for 1 d")
