@@ -88,6 +88,8 @@ class Cloud:
         self.keystone, self.glance = (
             f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in self._sockets.values()
         )
+        # One token for all that the administrator does.
+        self.admin = self.as_user()
 
     def __enter__(self) -> Self:
         try:
@@ -130,11 +132,11 @@ class Cloud:
 
     def identity(self, who: session.Session | None = None) -> adapter.Adapter:
         """Keystone's API as the administrator, or as ``who``."""
-        return adapter.Adapter(who or self.as_user(), endpoint_override=f"{self.keystone}/v3")
+        return adapter.Adapter(who or self.admin, endpoint_override=f"{self.keystone}/v3")
 
     def image_api(self, who: session.Session | None = None) -> adapter.Adapter:
         """Glance's API as the administrator, or as ``who``."""
-        return adapter.Adapter(who or self.as_user(), endpoint_override=f"{self.glance}/v2")
+        return adapter.Adapter(who or self.admin, endpoint_override=f"{self.glance}/v2")
 
     def add_user(self, name: str, project: str, role: str, password: str = PASSWORD) -> session.Session:
         """Makes a project and a user with one role in it, and returns the user's session."""
@@ -350,7 +352,7 @@ class Upload:
         parts = urllib.parse.urlsplit(cloud.glance)
         self._connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=60)
         self._connection.putrequest("PUT", f"/v2/images/{image_id}/{path}")
-        self._connection.putheader("X-Auth-Token", str(cloud.as_user().get_token()))
+        self._connection.putheader("X-Auth-Token", str(cloud.admin.get_token()))
         self._connection.putheader("Content-Type", "application/octet-stream")
         self._connection.putheader("Transfer-Encoding", "chunked")
         self._connection.endheaders()

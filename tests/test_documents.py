@@ -52,23 +52,31 @@ def test_the_readmes_transcript_is_what_the_demo_prints() -> None:
 
 
 def crontab_lines() -> list[str]:
-    """The commands of crontab.example, as cron hands them to the shell."""
-    return [line.split(None, 5)[5] for line in CRONTAB.splitlines() if line.startswith("*")]
+    """The commands of crontab.example, those commented out included, as cron hands them to the shell."""
+    lines = [line.removeprefix("#") for line in CRONTAB.splitlines() if re.match(r"#?[*0-9]+ \* \* \* \* ", line)]
+    return [line.split(None, 5)[5] for line in lines]
 
 
 def test_the_crontab_makes_a_pass_every_ten_seconds() -> None:
     """Six lines, each ten seconds later than the one before."""
-    sleeps = [int(found[1]) if (found := re.match(r"sleep (\d+)", line)) else 0 for line in crontab_lines()]
+    sleeps = [int(found[1]) if (found := re.match(r"sleep (\d+)", line)) else 0 for line in crontab_lines()[:6]]
     assert sleeps == [0, 10, 20, 30, 40, 50]
 
 
-@pytest.mark.parametrize("line", [0, 1])
+def test_the_crontab_prunes_once_an_hour_only_where_it_is_wanted() -> None:
+    """The last line prunes at one minute of each hour, and is commented out."""
+    assert "ln-images -q --prune" in crontab_lines()[-1]
+    assert re.search(r"^#\d+ \* \* \* \* .*--prune$", CRONTAB, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", [0, 1, 6])
 def test_a_line_of_the_crontab_works_under_crons_shell(node: Node, tmp_path: Path, line: int) -> None:
     """A line links under /bin/sh with cron's few variables and the crontab's own, and prints nothing."""
     image = node.cloud.image("image", b"\1" * 1000)
     openrc = tmp_path / "admin-openrc"
     openrc.write_text("".join(f"export {key}='{value}'\n" for key, value in node.cloud.environment().items()))
     command = crontab_lines()[line].replace("/root/admin-openrc", str(openrc)).replace("sleep 10", "sleep 1")
+    command = command.replace("--for 58", "--for 3")
     settings = dict(re.findall(r"^([A-Z_]+)=(.*)$", CRONTAB, re.MULTILINE))
     assert set(settings) == {"PATH", "MAILTO", "LN_IMAGES_LOG_FILE"}
     here = {key: value for key, value in node.environment().items() if key.startswith(("LN_IMAGES_", "COV"))}
