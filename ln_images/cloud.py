@@ -7,11 +7,13 @@ import contextlib
 import logging
 import os
 import re
+import signal
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ln_images import __version__
-from ln_images.model import ConfigurationError, Image, Server, TemporaryError
+from ln_images.model import ConfigurationError, Image, LnImagesError, Server, TemporaryError
 from ln_images.plan import IN_FLIGHT
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ PAGE_SIZE = 1000
 # About 2 KB of a request line, for which every server and proxy has room.
 IDS_A_REQUEST = 50
 _LINE = 200
+# A service that is asked for one thing may take as long as so many requests that time out.
+_REQUESTS = 20
 # From this microversion on Nova shows servers and services of a cell that is down (Nova 19.0.0).
 _CELLS = "2.69"
 _MEND = "`source admin-openrc` first, or give --os-cloud"
@@ -36,11 +40,14 @@ class Cloud:
     """Glance, through an authenticated session.
 
     ``region`` and ``interface`` choose the endpoint from the catalog, as ``OS_REGION_NAME`` and
-    ``OS_INTERFACE`` do.
+    ``OS_INTERFACE`` do. ``timeout`` is in seconds, for one request.
     """
 
-    def __init__(self, session: "Session", region: str | None, interface: str | list[str] | None) -> None:
+    def __init__(
+        self, session: "Session", region: str | None, interface: str | list[str] | None, timeout: float
+    ) -> None:
         self._session = session
+        self._seconds = _REQUESTS * timeout
         self._client: Any = None
         self._endpoint: dict[str, Any] = {"service_type": "image", "region_name": region, "interface": interface}
 
@@ -51,7 +58,7 @@ class Cloud:
         service, TemporaryError where the cloud cannot be reached or answers badly.
         """
         client = self._glance()
-        with _asking("Glance"):
+        with _asking("Glance", self._seconds):
             # Without visibility=all, other projects' community images are left out, and hidden ones are
             # only ever listed by themselves.
             if ids is None:
@@ -74,12 +81,12 @@ class Cloud:
         from glanceclient import exc
 
         client = self._glance()
-        with _asking("Keystone"):
+        with _asking("Keystone", self._seconds):
             administrator = self._is_administrator()
         if not administrator:
             raise ConfigurationError("--prune needs a credential with the role admin: nothing was pruned")
         known = {}
-        with _asking("Glance"):
+        with _asking("Glance", self._seconds):
             for image_id in ids:
                 with contextlib.suppress(exc.HTTPNotFound):
                     known[image_id] = image_of(client.images.get(image_id)).status
@@ -96,7 +103,7 @@ class Cloud:
 
         nova = Adapter(self._session, **self._endpoint | {"service_type": "compute"}, default_microversion=_CELLS)
         endpoint = None
-        with _asking("Nova"):
+        with _asking("Nova", self._seconds):
             with contextlib.suppress(exceptions.EndpointNotFound):
                 endpoint = nova.get_endpoint()
             if endpoint is None or re.search(r"/v2(/|$)", endpoint):
@@ -118,7 +125,7 @@ class Cloud:
 
         if self._client is not None:
             return self._client
-        with _asking("Keystone"):
+        with _asking("Keystone", self._seconds):
             endpoint = self._session.get_endpoint(**self._endpoint)
             if not self._is_administrator():
                 LOG.warning("the credential has no admin role: other projects' private images are not seen")
@@ -155,12 +162,13 @@ def connect(environment: Mapping[str, str], timeout: float, os_cloud: str | None
         app_name="ln-images",
         app_version=__version__,
     )
-    return Cloud(session, given.get("OS_REGION_NAME"), given.get("OS_INTERFACE") or given.get("OS_ENDPOINT_TYPE"))
+    interface = given.get("OS_INTERFACE") or given.get("OS_ENDPOINT_TYPE")
+    return Cloud(session, given.get("OS_REGION_NAME"), interface, timeout)
 
 
 def _connect_by_name(os_cloud: str, timeout: float) -> Cloud:
     try:
-        from openstack import config, exceptions
+        from openstack import config
     except ImportError:
         raise ConfigurationError(
             "--os-cloud needs openstacksdk: pip install 'ln-images[clouds]', or unset OS_CLOUD and use an openrc"
@@ -169,11 +177,9 @@ def _connect_by_name(os_cloud: str, timeout: float) -> Cloud:
         region = config.OpenStackConfig(app_name="ln-images", app_version=__version__).get_one(
             cloud=os_cloud, api_timeout=timeout
         )
-        return Cloud(region.get_session(), region.get_region_name("image"), region.get_interface("image"))
-    except exceptions.ConfigException as error:
-        raise ConfigurationError(f"--os-cloud {os_cloud}: {_line(error)}: check clouds.yaml") from None
+        return Cloud(region.get_session(), region.get_region_name("image"), region.get_interface("image"), timeout)
     except Exception as error:
-        raise ConfigurationError(f"--os-cloud {os_cloud}: {_said(error)}: check its entry in clouds.yaml") from None
+        raise ConfigurationError(f"--os-cloud {os_cloud}: {_line(error)}: check its entry in clouds.yaml") from None
 
 
 def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
@@ -196,7 +202,7 @@ def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
     missing = _missing({dest: value(option) for dest, option in options.items()}, options)
     if missing:
         raise ConfigurationError(f"{' and '.join(missing)} not set: {_MEND}")
-    if "auth_url" in options and not re.match(r"https?://[^/]", str(value(options["auth_url"]))):
+    if "auth_url" in options and not _is_url(str(value(options["auth_url"]))):
         raise ConfigurationError("OS_AUTH_URL is no http or https URL: correct it in your openrc")
     try:
         return loader.load_from_options_getter(value)
@@ -204,7 +210,15 @@ def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
         names = [option.argparse_envvars[0] for option in error.options]
         raise ConfigurationError(f"{' and '.join(names)} not set: {_MEND}") from None
     except Exception as error:
-        raise ConfigurationError(f"OS_AUTH_TYPE={auth_type}: {_said(error)}: check your openrc") from None
+        raise ConfigurationError(f"OS_AUTH_TYPE={auth_type}: {_line(error)}: check your openrc") from None
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _missing(values: Mapping[str, Any], options: Mapping[str, "Opt"]) -> list[str]:
@@ -233,42 +247,59 @@ def _file(given: Mapping[str, str], variable: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _asking(service: str) -> Iterator[None]:
-    """Turns whatever goes wrong while a service is asked into one of our errors.
+def _asking(service: str, seconds: float) -> Iterator[None]:
+    """Turns whatever goes wrong while a service is asked into one of our errors, and ends what takes too long.
 
     The libraries let more through than their own exceptions: bare ``Exception``, ``OSError`` of requests, and
-    ``KeyError`` or ``TypeError`` from answers of another shape.
+    ``KeyError`` or ``TypeError`` from answers of another shape. Some servers are never done: glanceclient follows
+    ``next`` for ever, a body may come byte by byte, and keystoneauth1 5.18.1 waits for itself where a search for
+    Keystone's versions is answered with 401.
     """
-    from keystoneauth1 import exceptions
 
+    def late(*_: object) -> None:
+        raise TemporaryError(f"{service} has not answered whole within {seconds:.0f} s: give a longer --timeout")
+
+    before = signal.signal(signal.SIGALRM, late)
+    # Again every second, should a library swallow the first.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         yield
     except (ConfigurationError, TemporaryError):
         raise
-    except exceptions.EndpointNotFound as error:
-        raise ConfigurationError(
+    except Exception as error:
+        raise _translated(service, error) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _translated(service: str, error: Exception) -> LnImagesError:
+    """Our error for one of another library's. What a service says of itself is not repeated: it could be a secret."""
+    from keystoneauth1 import exceptions
+
+    status = getattr(error, "http_status", None) or getattr(error, "code", None)
+    said = f"HTTP {status}" if isinstance(status, int) and status else type(error).__name__
+    if status in (401, 403) or (service == "Keystone" and status in (400, 404)):
+        return ConfigurationError(f"{service} refuses the credentials: {said}: check your openrc")
+    if isinstance(error, exceptions.EndpointNotFound):
+        return ConfigurationError(
             f"{_line(error)}: check OS_PROJECT_NAME (a token without a project has no catalog), OS_REGION_NAME and"
             " OS_INTERFACE"
-        ) from None
-    except Exception as error:
-        status = getattr(error, "http_status", None) or getattr(error, "code", None)
-        refused = (400, 401, 403) if service == "Keystone" else (401, 403)
-        if status in refused:
-            raise ConfigurationError(f"{service} refuses the credentials: {_line(error)}: check your openrc") from None
-        if isinstance(error, exceptions.SSLError) or isinstance(error.__context__, exceptions.SSLError):
-            raise ConfigurationError(f"{service}: {_line(error)}: set OS_CACERT to the CA that signed it") from None
-        raise TemporaryError(
-            f"{service} cannot be asked: {_said(error)}: if it is not down, check OS_AUTH_URL and the catalog"
-        ) from None
-
-
-def _said(error: Exception) -> str:
-    """What an exception of another library says, with its name, which often says more."""
-    return f"{type(error).__name__}: {_line(error)}"
+        )
+    if isinstance(error, exceptions.SSLError) or isinstance(error.__context__, exceptions.SSLError):
+        return ConfigurationError(f"{service}: {_line(error)}: set OS_CACERT to the CA that signed it")
+    if service == "Keystone" and type(error) is Exception:
+        return ConfigurationError(
+            "the credentials lack something, such as a password: check clouds.yaml or your openrc"
+        )
+    if isinstance(error, (exceptions.ConnectFailure, exceptions.ConnectTimeout, exceptions.DiscoveryFailure)):
+        said = f"{said}: {_line(error)}"
+    return TemporaryError(f"{service} cannot be asked: {said}: if it is not down, check OS_AUTH_URL and the catalog")
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
+    """What an exception says, as one line without the password that a URL may hold."""
+    text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split())).rstrip(".")
     return text if len(text) <= _LINE else f"{text[:_LINE]}..."
 
 
