@@ -120,9 +120,12 @@ class Disk:
         """Both directories as they are, read once each."""
         with os.scandir(self._images) as names:
             sources = {entry.name: entry.inode() for entry in names}
+        entries = {}
         with os.scandir(self._cache) as names:
-            looked = ((entry.name, self._look(self._cache, entry.name, marked=True)) for entry in names)
-            return Look(sources, {name: file for name, file in looked if file is not None})
+            for entry in names:
+                with contextlib.suppress(FileNotFoundError):
+                    entries[entry.name] = self._found(entry.name, entry.stat(follow_symlinks=False))
+        return Look(sources, entries)
 
     def room(self) -> Room:
         """The room on the file system of both directories."""
@@ -136,7 +139,7 @@ class Disk:
         """
         name = cache_name(image_id)
         try:
-            if self._look(self._cache, name, marked=True) != orphan:
+            if self._look(self._cache, name) != orphan:
                 return Verdict(Outcome.KEPT, "it has changed since it was looked at")
             os.unlink(name, dir_fd=self._cache)
         except OSError as error:
@@ -171,15 +174,18 @@ class Disk:
             return Verdict(Outcome.FAILED, error.strerror or str(error))
 
     def _judge(self, image: Image, source: File | None, wanted: Wanted) -> Verdict:
-        return judge_files(image, source, self._look(self._cache, cache_name(image.id), marked=True), wanted)
+        return judge_files(image, source, self._look(self._cache, cache_name(image.id)), wanted)
 
-    def _look(self, directory: int, name: str, marked: bool = False) -> File | None:
+    def _look(self, directory: int, name: str) -> File | None:
         try:
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         except FileNotFoundError:
             return None
-        mark = _mark(f"/proc/self/fd/{directory}/{name}") if marked and stat.S_ISREG(status.st_mode) else None
-        return _file(status, mark)
+        return self._found(name, status) if directory == self._cache else _file(status)
+
+    def _found(self, name: str, status: os.stat_result) -> File:
+        """A cache entry with its mark."""
+        return _file(status, _mark(f"/proc/self/fd/{self._cache}/{name}") if stat.S_ISREG(status.st_mode) else None)
 
     @contextlib.contextmanager
     def _source(self, image_id: str) -> Iterator[int | None]:

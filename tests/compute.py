@@ -1,6 +1,6 @@
 """A small compute endpoint that answers as Nova does, for tests that cannot wait for a whole Nova.
 
-Its answers were seen on a real Nova 34.0.0 API (microversions 2.1 to 2.104) with three cells. It knows the lists that
+Its answers were seen on a real Nova 34.0.0 API (microversions 2.68 to 2.104) with three cells. It knows the lists that
 matter here: ``/servers/detail`` with ``all_tenants``, ``deleted``, ``soft_deleted``, ``status``, ``limit`` and
 ``marker``, and ``/os-services``. Any other filter counts as one that Nova does not know,
 and a status that is a task's, such as REBUILD, cannot be filtered by.
@@ -133,7 +133,7 @@ class Compute(ThreadingHTTPServer):
             page = self._unknown(base)[: size - len(page)] + page
         answer: dict[str, Any] = {"servers": page}
         if size and len(page) == size:
-            following = dict(sorted(query.items())) | {"marker": page[-1]["id"]}
+            following = {key: query[key] for key in sorted(query.keys() & _KNOWN)} | {"marker": page[-1]["id"]}
             answer["servers_links"] = [{"rel": "next", "href": f"{base}?{urllib.parse.urlencode(following)}"}]
         return answer
 
