@@ -15,8 +15,10 @@ import pytest
 
 from cloud import Cloud
 
-# Whatever ends the tests, the servers that they started are stopped first.
-signal.signal(signal.SIGTERM, signal.default_int_handler)
+# Whatever ends the tests, the servers that they started are stopped first. A shell that runs the tests in the
+# background has them ignore SIGINT, and so would the command that they start.
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.default_int_handler)
 COMMAND = Path(sys.executable).with_name("ln-images")
 # As root the tests link for somebody else, as in production; otherwise for whoever runs them.
 OWNER = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())
