@@ -6,7 +6,7 @@ VENV := .venv
 CLOUD := .cloud
 export CLOUD_VENV := $(CURDIR)/$(CLOUD)
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: $(VENV)/installed $(CLOUD)/installed
 	@$(VENV)/bin/python tests/demo.py
@@ -17,6 +17,9 @@ test: lint $(CLOUD)/installed
 	$(VENV)/bin/coverage run -m pytest
 	$(VENV)/bin/coverage combine --quiet
 	$(VENV)/bin/coverage report
+
+bench: $(VENV)/installed $(CLOUD)/installed
+	@$(VENV)/bin/python tests/bench.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -79,7 +79,7 @@ def objection(descriptor: int, disk_format: str) -> str | None:
         decided = wrapper.formats is not None or not reader.cut_short
         wrapper.close()
         found = {str(inspector): inspector for inspector in wrapper.formats or ()}
-        probed = _probed(os.pread(descriptor, _SECTOR, 0))
+        probed = _probed(os.pread(descriptor, _SECTOR, 0).ljust(_SECTOR, b"\0"))
         names = set(found) if probed is None else found.keys() - {"raw"} | {probed}
         if names not in accepted:
             return f"the content is {' and '.join(sorted(names))}, Glance says {disk_format}"

@@ -9,7 +9,7 @@ import re
 import stat
 from collections.abc import Iterable
 
-from ln_images.model import Evidence, File, Image, Look, Outcome, Verdict, Wanted
+from ln_images.model import Evidence, File, Image, Look, Outcome, Server, Verdict, Wanted
 
 # Glance accepts ids chosen by the user in this form, upper case included, and stores them as they are
 # (glance.api.v2.images, oslo_utils.uuidutils.is_uuid_like).
@@ -20,7 +20,7 @@ IN_FLIGHT = frozenset({"queued", "saving", "uploading", "importing"})
 # States and tasks of a server (nova.api.openstack.common, nova.compute.task_states) in which its disk may
 # be made from another image than the one it names.
 _RESTLESS = frozenset({"RESCUE", "REBUILD"})
-_RESTLESS_TASKS = ("rebuild", "unshelv", "rescu")
+_RESTLESS_TASKS = ("rebuild", "unshelv", "rescu", "resize_finish")
 
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -135,7 +135,7 @@ def judge_orphan(image_id: str, file: File, evidence: Evidence) -> Verdict:
         if image_id.lower() in server.uses:
             return Verdict(Outcome.KEPT, f"server {server.id} was built from it")
     for server in evidence.servers:
-        if server.status in _RESTLESS or any(word in server.task_state for word in _RESTLESS_TASKS):
+        if _is_restless(server):
             state = server.task_state or server.status
             return Verdict(Outcome.KEPT, f"server {server.id} is in {state} and may use any base")
     if cache_name(image_id) in evidence.backed:
@@ -143,6 +143,12 @@ def judge_orphan(image_id: str, file: File, evidence: Evidence) -> Verdict:
     if evidence.unreadable:
         return Verdict(Outcome.KEPT, f"what {evidence.unreadable} is backed by cannot be told")
     return Verdict(Outcome.PRUNED, f"unused for {age(idle)}")
+
+
+def _is_restless(server: Server) -> bool:
+    # While a server is unshelved its task is soon "spawning", which every build has, too.
+    unshelved = server.status == "SHELVED_OFFLOADED" and server.task_state
+    return bool(server.status in _RESTLESS or unshelved or any(word in server.task_state for word in _RESTLESS_TASKS))
 
 
 def age(seconds: float) -> str:

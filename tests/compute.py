@@ -64,8 +64,8 @@ def server(server_id: str, image: str = "", status: str = "ACTIVE", **changes: A
         "OS-EXT-STS:task_state": changes.pop("task", None),
         # A server in REBUILD or REBOOT is still active, and the task tells the rest.
         "OS-EXT-STS:vm_state": _VM_STATES.get(status, "active"),
-        "OS-EXT-SRV-ATTR:kernel_id": None,
-        "OS-EXT-SRV-ATTR:ramdisk_id": None,
+        "OS-EXT-SRV-ATTR:kernel_id": "",
+        "OS-EXT-SRV-ATTR:ramdisk_id": "",
     } | changes
 
 

@@ -179,6 +179,7 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
         patched(data(b"version=1\n", 64 * KIB), ISO),
         but("iso and vmdk", "iso"),
     ),
+    "three bytes, which QEMU fills up with zeros": ("raw", data(b"QED"), but("qed", "raw")),
 }
 
 
@@ -188,6 +189,15 @@ def test_what_is_unsafe_or_something_else_is_refused(tmp_path: Path, what: str) 
     disk_format, make, reason = REFUSED[what]
     make(tmp_path / "image")
     assert judge(tmp_path / "image", disk_format) == reason
+
+
+@pytest.mark.parametrize(
+    "make", [corpus.SHORT_QCOW2, corpus.VMDK_3, corpus.VMDK_TEXT, corpus.VMDK_LATE, corpus.VMDK_ODD]
+)
+def test_the_hidden_dangers_are_real(tmp_path: Path, make: Make) -> None:
+    """Where nobody tells QEMU the format, these make it open /etc/passwd, though the library may take them for raw."""
+    make(tmp_path / "image")
+    assert "/etc/passwd" in json.dumps(taken_for(str(tmp_path / "image")))
 
 
 @pytest.mark.parametrize(

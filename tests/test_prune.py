@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloud import REGION
+from compute import Compute, Fault
+from compute import server as a_server
 from conftest import Node
 from ln_images.disk import MARK, Disk, backing_names
 from ln_images.model import Evidence, File, Look, Outcome, Server, Verdict
 from ln_images.plan import age, cache_name, judge_orphan, orphans
-from nova import Nova, a_server
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = "a0000000-0000-4000-8000-000000000000"
@@ -77,6 +79,11 @@ def test_what_is_no_orphan_is_not_even_judged(name: str, file: File) -> None:
         ({"servers": [server(task_state="rebuilding")]}, "server s1 is in rebuilding and may use any base"),
         ({"servers": [server(task_state="rebuild_spawning")]}, "server s1 is in rebuild_spawning and may use any base"),
         ({"servers": [server(task_state="unshelving")]}, "server s1 is in unshelving and may use any base"),
+        ({"servers": [server(task_state="resize_finish")]}, "server s1 is in resize_finish and may use any base"),
+        (
+            {"servers": [server(status="SHELVED_OFFLOADED", task_state="spawning")]},
+            "server s1 is in spawning and may use any base",
+        ),
         ({"servers": [server(task_state="rescuing")]}, "server s1 is in rescuing and may use any base"),
         ({"servers": [server(task_state="unrescuing")]}, "server s1 is in unrescuing and may use any base"),
         ({"backed": {NAME: "/i/s1/disk"}}, "/i/s1/disk is backed by it"),
@@ -90,7 +97,12 @@ def test_each_condition_alone_keeps_an_entry(known: dict[str, object], reason: s
 
 def test_what_nothing_needs_is_pruned() -> None:
     """Where everything was asked and nothing speaks for the entry, it goes; servers at rest do not matter."""
-    at_rest = [server(), server(status="SHUTOFF"), server(status="SHELVED_OFFLOADED"), server(uses=frozenset())]
+    at_rest = [
+        server(task_state="spawning"),
+        server(status="SHUTOFF"),
+        server(status="SHELVED_OFFLOADED"),
+        server(uses=frozenset()),
+    ]
     known = evidence(images={OTHER: "active"}, servers=at_rest, backed={cache_name(OTHER): "/i/s1/disk"})
     assert judge_orphan(ID, ORPHAN, known) == Verdict(Outcome.PRUNED, "unused for 2 d")
 
@@ -253,10 +265,15 @@ DATA = b"\1" * 5000
 
 
 @pytest.fixture
-def nova(node: Node) -> Iterator[Nova]:
-    """A compute service in the real catalog, with no servers yet."""
-    with Nova(node.cloud, max_limit=3) as serving:
+def nova(node: Node) -> Iterator[Compute]:
+    """A compute service in the real catalog, with no servers yet, which shows three at a time."""
+    identity = node.cloud.identity()
+    service = identity.post("/services", json={"service": {"type": "compute"}}).json()["service"]["id"]
+    with Compute(max_limit=3) as serving:
+        endpoint = {"service_id": service, "interface": "public", "region_id": REGION, "url": serving.url}
+        identity.post("/endpoints", json={"endpoint": endpoint})
         yield serving
+    identity.delete(f"/services/{service}")
 
 
 def deleted_image(node: Node) -> str:
@@ -272,7 +289,7 @@ def prune(node: Node, *arguments: str, status: int = 0, after: str = "0") -> dic
     return node.outcomes("--prune", "--prune-after", after, *arguments, status=status)
 
 
-def test_an_image_that_nothing_needs_is_pruned_and_a_second_prune_finds_nothing(node: Node, nova: Nova) -> None:
+def test_an_image_that_nothing_needs_is_pruned_and_a_second_prune_finds_nothing(node: Node, nova: Compute) -> None:
     """Linked first, then pruned: the entry of a deleted image goes, every other one stays."""
     gone, stays = deleted_image(node), node.cloud.image("stays", DATA)
     nova.servers = [a_server(f"s{n}", stays) for n in range(7)]
@@ -283,12 +300,12 @@ def test_an_image_that_nothing_needs_is_pruned_and_a_second_prune_finds_nothing(
     assert prune(node) == {stays: ("present", "")}
 
 
-def test_a_dry_run_asks_everything_and_removes_nothing(node: Node, nova: Nova) -> None:
+def test_a_dry_run_asks_everything_and_removes_nothing(node: Node, nova: Compute) -> None:
     """--dry-run --prune reports what would be pruned, and how many bytes that would free."""
     gone = deleted_image(node)
     run = node.run("--dry-run", "--prune", "--prune-after", "0")
     assert "dry run: 1 pruned, 4.9 KiB freed" in run.stdout
-    assert nova.paths
+    assert nova.asked
     assert node.entry(gone).exists()
 
 
@@ -300,12 +317,12 @@ def test_what_orphans_hold_is_told_without_prune(node: Node) -> None:
     assert node.entry(gone).exists()
 
 
-def test_a_young_orphan_is_kept_and_nothing_is_asked(node: Node, nova: Nova) -> None:
+def test_a_young_orphan_is_kept_and_nothing_is_asked(node: Node, nova: Compute) -> None:
     """By default an entry stays for a day after its last use, and Nova is not bothered for it."""
     gone = deleted_image(node)
     outcome, reason = node.outcomes("--prune")[gone]
     assert (outcome, reason.endswith("ago, kept for 1 d")) == ("kept", True)
-    assert not nova.paths
+    assert not nova.asked
 
 
 USES = {
@@ -313,28 +330,28 @@ USES = {
     "image in upper case": lambda image: a_server("s", image.upper()),
     "soft-deleted": lambda image: a_server("s", image, status="SOFT_DELETED"),
     "shelved": lambda image: a_server("s", image, status="SHELVED_OFFLOADED"),
-    "kernel": lambda image: a_server("s", None, **{"OS-EXT-SRV-ATTR:kernel_id": image}),
-    "ramdisk": lambda image: a_server("s", None, **{"OS-EXT-SRV-ATTR:ramdisk_id": image}),
+    "kernel": lambda image: a_server("s", "", **{"OS-EXT-SRV-ATTR:kernel_id": image}),
+    "ramdisk": lambda image: a_server("s", "", **{"OS-EXT-SRV-ATTR:ramdisk_id": image}),
 }
 
 
 @pytest.mark.parametrize(("use", "before"), [("image", 0), ("image", 3), *((use, 7) for use in USES)])
-def test_a_server_on_any_page_keeps_its_base(node: Node, nova: Nova, use: str, before: int) -> None:
+def test_a_server_on_any_page_keeps_its_base(node: Node, nova: Compute, use: str, before: int) -> None:
     """Whatever a server uses an image for, and on whichever page of Nova's list it is, the entry is kept."""
     gone = deleted_image(node)
-    nova.servers = [a_server(f"v{n}", None) for n in range(before)] + [USES[use](gone)]
+    nova.servers = [a_server(f"v{n}", "") for n in range(before)] + [USES[use](gone)]
     assert prune(node)[gone] == ("kept", "server s was built from it")
     assert node.entry(gone).exists()
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"status": "RESCUE"}, {"status": "REBUILD"}, {"OS-EXT-STS:task_state": "rebuild_spawning"}],
+    [{"status": "RESCUE"}, {"status": "REBUILD"}, {"task": "rebuild_spawning"}],
 )
-def test_a_server_between_images_keeps_everything(node: Node, nova: Nova, changes: dict[str, str]) -> None:
+def test_a_server_between_images_keeps_everything(node: Node, nova: Compute, changes: dict[str, str]) -> None:
     """While a server is rescued, rebuilt or unshelved, nothing is pruned, and the report says which server."""
     gone = deleted_image(node)
-    nova.servers = [a_server("odd", None, **changes)]
+    nova.servers = [a_server("odd", "", **changes)]
     outcome, reason = prune(node)[gone]
     assert (outcome, "server odd is in " in reason) == ("kept", True)
 
@@ -353,42 +370,61 @@ def kept_with_fault(node: Node, image: str, *arguments: str, status: int = 75, *
 
 
 @pytest.mark.parametrize("with_server", [True, False])
-def test_a_cell_that_is_down_keeps_everything(node: Node, nova: Nova, with_server: bool) -> None:
+def test_a_cell_that_is_down_keeps_everything(node: Node, nova: Compute, with_server: bool) -> None:
     """Its servers are left out of the paged list; the first answer and the services show that they exist."""
     gone = deleted_image(node)
-    nova.servers, nova.down = [a_server("far", gone)] * with_server, ["far"]
+    nova.servers = [a_server("far", gone)] * with_server
+    nova.cell_down("far")
     assert "does not see all of its cells" in kept_with_fault(node, gone)
 
 
 @pytest.mark.parametrize(
-    ("number", "answer"),
+    ("request_of", "fault"),
     [
-        *((0, answer) for answer in (500, 404, 406, 403, b"[]", b'{"servers": null}')),
-        (1, 503),
-        (2, 503),
-        (3, b"rubbish"),
+        *(("detail?", Fault(status, b"{}")) for status in (500, 404, 406, 403)),
+        *(("detail?", Fault(200, body)) for body in (b"rubbish", b"[]", b'{"servers": null}')),
+        ("os-services", Fault(503)),
+        ("soft_deleted", Fault(503)),
+        ("marker=", Fault(503)),
+        ("marker=", Fault()),
     ],
 )
-def test_a_nova_that_answers_badly_keeps_everything(node: Node, nova: Nova, number: int, answer: int | bytes) -> None:
+def test_a_nova_that_answers_badly_keeps_everything(node: Node, nova: Compute, request_of: str, fault: Fault) -> None:
     """Whichever of its requests fails, the page after the first included, nothing is pruned and links are made."""
     gone = deleted_image(node)
-    nova.servers = [a_server(f"s{n}", None) for n in range(5)]
-    nova.answers = {number: answer}
-    assert "Nova" in kept_with_fault(node, gone, status=2 if answer == 403 else 75)
+    nova.servers = [a_server(f"s{n}") for n in range(5)]
+    nova.faults = {request_of: fault}
+    assert "Nova" in kept_with_fault(node, gone, status=2 if fault.status == 403 else 75)
 
 
-def test_a_nova_that_hangs_keeps_everything(node: Node, nova: Nova) -> None:
+def test_a_nova_that_hangs_keeps_everything(node: Node, nova: Compute) -> None:
     """--timeout holds for Nova, too."""
     gone = deleted_image(node)
-    nova.hangs = True
+    nova.faults = {"detail": Fault(hang=True)}
     assert "timed out" in kept_with_fault(node, gone, "--timeout", "1")
 
 
-def test_a_server_that_is_listed_once_and_then_not_keeps_everything(node: Node, nova: Nova) -> None:
+def test_a_token_that_nova_takes_for_less_than_an_administrators_keeps_everything(node: Node, nova: Compute) -> None:
+    """Where a policy lets it list all servers and yet drops its filters, the soft-deleted are missing."""
+    gone = deleted_image(node)
+    nova.servers, nova.all_filters = [a_server("s"), a_server("gone", gone, "SOFT_DELETED")], False
+    assert "less than an administrator" in kept_with_fault(node, gone, status=2)
+
+
+def test_a_cell_that_goes_down_while_servers_are_listed_keeps_everything(node: Node, nova: Compute) -> None:
+    """The services are asked for last: a server that only the lost page would have shown is not missed."""
+    gone = deleted_image(node)
+    nova.servers = [*(a_server(f"s{n}") for n in range(4)), a_server("far", gone)]
+    nova.cell_down("far")
+    assert "does not see all of its cells" in kept_with_fault(node, gone)
+    assert [asked.path for asked in nova.asked][-1] == "/os-services"
+
+
+def test_a_server_that_is_listed_once_and_then_not_keeps_everything(node: Node, nova: Compute) -> None:
     """What was in the first answer must be in the whole list."""
     gone = deleted_image(node)
-    nova.servers = [a_server("s", None)]
-    nova.answers = {2: b'{"servers": []}'}
+    nova.servers = [a_server("s", "")]
+    nova.faults = {"soft_deleted": Fault(200, b'{"servers": []}')}
     assert "server s once and then not" in kept_with_fault(node, gone)
 
 
@@ -397,7 +433,7 @@ def test_a_cloud_without_nova_keeps_everything(node: Node) -> None:
     assert "no compute service" in kept_with_fault(node, deleted_image(node), status=2)
 
 
-def test_a_plain_member_prunes_nothing(node: Node, nova: Nova) -> None:
+def test_a_plain_member_prunes_nothing(node: Node, nova: Compute) -> None:
     """To a member Glance answers 404 for other projects' images, too: only an administrator's token may prune."""
     gone = deleted_image(node)
     node.cloud.add_user("pruner", "pruners", "member")
@@ -405,7 +441,7 @@ def test_a_plain_member_prunes_nothing(node: Node, nova: Nova) -> None:
     assert run.returncode == 2
     assert "needs a credential with the role admin" in run.stderr
     assert node.entry(gone).exists()
-    assert not nova.paths
+    assert not nova.asked
 
 
 @pytest.mark.parametrize("status", ["queued", "deactivated", "pending_delete", "killed"])
