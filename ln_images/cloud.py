@@ -198,7 +198,7 @@ def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
     def value(option: "Opt") -> Any:
         if scoped and _SCOPE.fullmatch(option.dest):
             return None
-        return next((given[name] for name in option.argparse_envvars if name in given), option.default)
+        return next((given[name] for name in _variables(option) if name in given), option.default)
 
     options = {option.dest: option for option in loader.get_options()}
     missing = _missing({dest: value(option) for dest, option in options.items()}, options)
@@ -209,10 +209,15 @@ def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
     try:
         return loader.load_from_options_getter(value)
     except exceptions.MissingRequiredOptions as error:
-        names = [option.argparse_envvars[0] for option in error.options]
+        names = [_variables(option)[0] for option in error.options]
         raise ConfigurationError(f"{' and '.join(names)} not set: {_MEND}") from None
     except Exception as error:
         raise ConfigurationError(f"OS_AUTH_TYPE={auth_type}: {_line(error)}: check your openrc") from None
+
+
+def _variables(option: "Opt") -> list[str]:
+    """The variables that an option is read from, deprecated spellings last, as in keystoneauth1's own command lines."""
+    return [f"OS_{one.name.replace('-', '_').upper()}" for one in (option, *option.deprecated)]
 
 
 def _is_url(text: str) -> bool:

@@ -56,6 +56,7 @@ _VIOLATIONS = {
     "backing_file": "with a backing file",
     "data_file": "with an external data file",
     "unknown_features": "of an unknown version or with unknown features",
+    "descriptor": "of an unsafe type or with a descriptor that is not valid",
     "mbr": "with a partition table that is not valid",
 }
 

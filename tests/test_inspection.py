@@ -4,6 +4,7 @@ import json
 import os
 import re
 import string
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -221,6 +222,18 @@ def test_what_cannot_be_checked_is_refused(tmp_path: Path, disk_format: str, mak
     reason = judge(tmp_path / "image", disk_format)
     assert reason is not None
     assert disk_format in reason or "cannot be judged" in reason
+
+
+def test_only_the_last_footer_of_a_vmdk_counts(tmp_path: Path) -> None:
+    """A footer that lies where the reading stops is not taken for the one at the end, which QEMU goes by."""
+    path, stream = tmp_path / "image", qemu("vmdk", "-o", "subformat=streamOptimized")
+    stream(path)
+    footer = struct.pack("<QII", 1, 0, 3).ljust(512, b"\0") + path.read_bytes()[:512] + bytes(512)
+    at_end = {56: b"\xff" * 8, MIB - len(footer): footer}
+    patched(stream, at_end, size=MIB)(path)
+    assert judge(path, "vmdk") is None
+    patched(stream, at_end, {4 * MIB - len(footer): footer}, size=8 * MIB)(path)
+    assert judge(path, "vmdk") is not None
 
 
 def read_by(act: Callable[[], object]) -> int:
