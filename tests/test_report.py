@@ -4,6 +4,7 @@ import unicodedata
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,3 +126,22 @@ def test_escaping_keeps_what_can_be_printed(text: str) -> None:
     rest = iter(escaped)
     assert all(c in rest for c in kept)
     assert not any(unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") for c in escaped)
+
+
+def test_a_table_is_fitted_to_the_terminal() -> None:
+    """No line takes more columns than there are; names are cut first, then reasons, and outcomes never."""
+    long = made_of(Outcome.LINKED, name="a name of more than ten characters").results[0]
+    lines = report.table([replace(long, verdict=Verdict(Outcome.REFUSED, "a long reason " * 10))], 70).splitlines()
+    assert max(map(len, lines)) <= 70
+    assert lines[1].startswith("a name of~  ")
+    assert "refused" in lines[1]
+    assert lines[1].endswith("~")
+
+
+def test_outcomes_have_colours_where_they_are_wanted() -> None:
+    """Only the outcome is coloured, and the columns stay where they are."""
+    results = made_of(Outcome.LINKED, Outcome.FAILED).results
+    coloured = report.table(results, 100, True)
+    assert "\x1b[32m" in coloured
+    assert "\x1b[31m" in coloured
+    assert click.unstyle(coloured).split() == report.table(results).split()
