@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ln_images import __version__
@@ -65,16 +65,13 @@ class Cloud:
             if ids is None:
                 return list((_listed(client) | _listed(client, os_hidden="true")).values())
             found = _listed(client, status=f"in:{','.join(sorted(IN_FLIGHT))}")
-            for start in range(0, len(ids), IDS_A_REQUEST):
-                group = ids[start : start + IDS_A_REQUEST]
-                found |= _listed(client, id=f"in:{','.join(group)}")
-                hidden = [image_id for image_id in group if image_id not in found]
-                if hidden:
-                    found |= _listed(client, id=f"in:{','.join(hidden)}", os_hidden="true")
+            found |= _listed_by_id(client, ids)
         return list(found.values())
 
-    def statuses(self, ids: Iterable[str]) -> dict[str, str]:
-        """Glance's status of each of ``ids`` that it knows; it answers 404 for the others.
+    def statuses(self, ids: Sequence[str]) -> dict[str, str]:
+        """Glance's status of each of ``ids`` that it knows. The others are in no listing, and 404 when asked for.
+
+        Both must say so: some images are in no listing, and a gateway that is ill answers 404, too.
 
         Raises ConfigurationError without an administrator's token, to which alone 404 means that the image
         is gone; otherwise as :meth:`images` does.
@@ -86,9 +83,9 @@ class Cloud:
             administrator = self._is_administrator()
         if not administrator:
             raise ConfigurationError("--prune needs a credential with the role admin: nothing was pruned")
-        known = {}
         with _asking("Glance", self._seconds):
-            for image_id in ids:
+            known = {image.id: image.status for image in _listed_by_id(client, ids).values()}
+            for image_id in set(ids) - known.keys():
                 with contextlib.suppress(exc.HTTPNotFound):
                     known[image_id] = image_of(client.images.get(image_id)).status
         return known
@@ -282,6 +279,7 @@ def _asking(service: str, seconds: float) -> Iterator[None]:
 
 def _translated(service: str, error: Exception) -> LnImagesError:
     """Our error for one of another library's. What a service says of itself is not repeated: it could be a secret."""
+    from glanceclient import exc
     from keystoneauth1 import exceptions
 
     status = getattr(error, "http_status", None) or getattr(error, "code", None)
@@ -299,14 +297,15 @@ def _translated(service: str, error: Exception) -> LnImagesError:
         return ConfigurationError(
             "the credentials lack something, such as a password: check clouds.yaml or your openrc"
         )
-    if isinstance(error, (exceptions.ConnectFailure, exceptions.ConnectTimeout, exceptions.DiscoveryFailure)):
+    told = (exceptions.ConnectFailure, exceptions.ConnectTimeout, exceptions.DiscoveryFailure)
+    if isinstance(error, (*told, exc.CommunicationError, exc.InvalidEndpoint)):
         said = f"{said}: {_line(error)}"
     return TemporaryError(f"{service} cannot be asked: {said}: if it is not down, check OS_AUTH_URL and the catalog")
 
 
 def _line(error: Exception) -> str:
     """What an exception says, as one line without the password that a URL may hold."""
-    text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split())).rstrip(".")
+    text = re.sub(r"//[^/]*@", "//", " ".join(str(error).split())).rstrip(".")
     return text if len(text) <= _LINE else f"{text[:_LINE]}..."
 
 
@@ -362,6 +361,17 @@ def _servers(page: Mapping[str, Any]) -> list[Server]:
         )
         for server in page["servers"]
     ]
+
+
+def _listed_by_id(client: Any, ids: Sequence[str]) -> dict[str, Image]:
+    found: dict[str, Image] = {}
+    for start in range(0, len(ids), IDS_A_REQUEST):
+        group = ids[start : start + IDS_A_REQUEST]
+        found |= _listed(client, id=f"in:{','.join(group)}")
+        hidden = [image_id for image_id in group if image_id not in found]
+        if hidden:
+            found |= _listed(client, id=f"in:{','.join(hidden)}", os_hidden="true")
+    return found
 
 
 def image_of(document: Mapping[str, Any]) -> Image:

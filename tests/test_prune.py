@@ -15,6 +15,7 @@ from cloud import REGION
 from compute import Compute, Fault
 from compute import server as a_server
 from conftest import Node
+from faulty import Answer, Faulty
 from ln_images.disk import MARK, Disk, backing_names
 from ln_images.model import Evidence, File, Look, Outcome, Server, Verdict
 from ln_images.plan import age, cache_name, judge_orphan, orphans
@@ -456,6 +457,23 @@ def test_an_image_that_glance_knows_is_kept(node: Node, status: str) -> None:
     kept = [one for one in run["images"] if one["outcome"] == "kept"]
     assert [(one["id"], one["reason"]) for one in kept] == [(image, f"Glance has the image: status {status}")]
     assert node.entry(image).exists()
+
+
+def test_a_404_of_a_gateway_alone_is_not_believed(node: Node, nova: Compute) -> None:
+    """An image that is listed is there, whatever comes back when it is asked for by itself."""
+    image = node.cloud.image("image", DATA)
+    node.outcomes()
+    (node.images / image).unlink()
+    identity = node.cloud.identity()
+    service = identity.get("/services", params={"type": "image"}).json()["services"][0]["id"]
+    with Faulty(node.cloud.glance, lambda path: Answer(404) if path.endswith(image) else path) as gateway:
+        identity.put("/regions/Gateway", json={"region": {}})
+        endpoint = {"service_id": service, "interface": "public", "region_id": "Gateway", "url": gateway.url}
+        identity.post("/endpoints", json={"endpoint": endpoint})
+        run = node.run("--prune", "--prune-after", "0", "--format", "json", OS_REGION_NAME="Gateway")
+    (kept,) = json.loads(run.stdout)["images"]
+    assert (kept["outcome"], kept["reason"]) == ("kept", "Glance has the image: status active")
+    assert not nova.asked
 
 
 @pytest.mark.usefixtures("nova")
