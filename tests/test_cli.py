@@ -48,11 +48,12 @@ def test_every_kind_of_image_over_three_passes(node: Node) -> None:
         cloud.image("kernel", DATA, disk_format="aki", container_format="aki"),
     }
     waiting = {name: cloud.create(name) for name in ("queued", "saving", "importing", "uploading")}
+    # One after the other: two writers of one SQLite database that begin together can be in each other's way.
     upload = cloud.slow_upload(waiting["saving"], DATA)
-    stage = cloud.slow_upload(waiting["uploading"], DATA, "stage")
-    cloud.set_status(waiting["importing"], "importing")
-    wait_until(lambda: cloud.status(waiting["uploading"]) == "uploading", "uploading")
     wait_until(lambda: (node.images / waiting["saving"]).exists(), "a file that is being saved")
+    stage = cloud.slow_upload(waiting["uploading"], DATA, "stage")
+    wait_until(lambda: cloud.status(waiting["uploading"]) == "uploading", "uploading")
+    cloud.set_status(waiting["importing"], "importing")
     skipped = {status: cloud.image(status, DATA) for status in ("deactivated", "pending_delete")}
     cloud.image_api().post(f"/images/{skipped['deactivated']}/actions/deactivate")
     cloud.set_status(skipped["pending_delete"], "pending_delete")
