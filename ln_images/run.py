@@ -112,6 +112,8 @@ def _settle_orphan(job: Job, image_id: str, file: File, evidence: Evidence, faul
             verdict = Verdict(Outcome.KEPT, "it could not be asked whether anything needs it")
         elif verdict.outcome is Outcome.PRUNED and not job.dry_run:
             verdict = job.disk.remove(image_id, file) or verdict
+        if verdict.outcome is Outcome.KEPT and evidence.now - file.changed >= evidence.prune_after:
+            verdict = replace(verdict, reason=f"{verdict.reason}; unused for {plan.age(evidence.now - file.changed)}")
         return _logged(job, Result(image, verdict))
 
 
