@@ -61,10 +61,15 @@ class File(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Both directories at one moment: the store's inode numbers by name, the cache's files by name."""
+    """What the two directories alone tell.
 
-    sources: Mapping[str, int]
-    entries: Mapping[str, File]
+    ``settled`` are the ids that are linked as they should be, ``unsettled`` the others that have a file, and
+    ``orphans`` the links whose image's file is gone, by image id.
+    """
+
+    settled: Sequence[str]
+    unsettled: Sequence[str]
+    orphans: Mapping[str, File]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +148,7 @@ class Pass:
     dry_run: bool
     results: tuple[Result, ...]
     room: Room
-    settled: tuple[str, ...] = ()
+    settled: Sequence[str] = ()
     orphans: Mapping[str, File] = field(default_factory=dict)
     fault: "LnImagesError | None" = None
 

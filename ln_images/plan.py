@@ -7,7 +7,7 @@ A verdict names what should be done, by the outcome it will have when it is done
 import hashlib
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ln_images.model import Evidence, File, Image, Look, Outcome, Server, Verdict, Wanted
 
@@ -47,21 +47,20 @@ def cache_name(image_id: str) -> str:
     return hashlib.sha1(image_id.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()
 
 
-def settled(look: Look, wanted: Wanted) -> tuple[str, ...]:
-    """The ids whose cache name is on the very inode of their file, with owner, mode and mark as wanted."""
-    return tuple(
-        image_id
-        for image_id, inode in look.sources.items()
-        if is_image_id(image_id)
-        and (entry := look.entries.get(cache_name(image_id))) is not None
-        and entry.inode == inode
-        and _is_right(entry, image_id, wanted)
-    )
+def look(sources: Mapping[int, str], entries: Iterable[tuple[str, File]], wanted: Wanted) -> Look:
+    """What the names in the store, by inode, and the entries of the cache tell; each entry is looked at once.
 
-
-def unsettled(look: Look, settled_ids: Iterable[str]) -> list[str]:
-    """The ids that have a file and are not settled."""
-    return sorted(name for name in look.sources.keys() - set(settled_ids) if is_image_id(name))
+    An id is settled when its cache name is on the very inode of its file, with owner, mode and mark as wanted.
+    """
+    settled, orphans = [], {}
+    for name, entry in entries:
+        image_id = sources.get(entry.inode, "")
+        if is_image_id(image_id) and cache_name(image_id) == name and _is_right(entry, image_id, wanted):
+            settled.append(image_id)
+        elif _is_orphan(name, entry):
+            orphans[entry.mark or ""] = entry
+    unsettled = sorted(image_id for image_id in {*sources.values()}.difference(settled) if is_image_id(image_id))
+    return Look(settled, unsettled, orphans)
 
 
 def judge_image(image: Image, wanted: Wanted) -> Verdict | None:
@@ -105,17 +104,14 @@ def judge_files(image: Image, source: File | None, entry: File | None, wanted: W
     return Verdict(Outcome.PRESENT) if _is_right(entry, image.id, wanted) else Verdict(Outcome.REPAIRED)
 
 
-def orphans(look: Look) -> dict[str, File]:
-    """The links whose image's file is gone, by image id.
+def _is_orphan(name: str, entry: File) -> bool:
+    """Whether an entry is a link whose image's file is gone.
 
-    Such an entry bears Nova's name for an image, is a regular file with one link left, and has the mark of
-    exactly that image. Whatever else lies in the cache is not ours to judge.
+    It bears Nova's name for an image, is a regular file with one link left, and has the mark of exactly that
+    image. Whatever else lies in the cache is not ours to judge.
     """
-    return {
-        file.mark: file
-        for name, file in look.entries.items()
-        if file.links == 1 and file.mark is not None and is_image_id(file.mark) and cache_name(file.mark) == name
-    }
+    mark = entry.mark
+    return entry.links == 1 and mark is not None and is_image_id(mark) and cache_name(mark) == name
 
 
 def judge_orphan(image_id: str, file: File, evidence: Evidence) -> Verdict:

@@ -44,17 +44,15 @@ def run_pass(job: Job) -> Pass:
     started_at, start = datetime.now(UTC), time.monotonic()
     # A dry run changes nothing, so it neither waits for a run at work nor makes the next one fail.
     with contextlib.nullcontext() if job.dry_run else job.disk.locked():
-        look = job.disk.look()
-        settled = () if job.full else plan.settled(look, job.wanted)
-        unsettled = plan.unsettled(look, settled)
+        look = plan.look(job.disk.sources(), job.disk.entries(), job.wanted)
+        settled = () if job.full else look.settled
         known = frozenset(settled)
-        asked = job.cloud.images(None if job.full or len(unsettled) > LISTING_PAYS else unsettled)
+        asked = job.cloud.images(None if job.full or len(look.unsettled) > LISTING_PAYS else look.unsettled)
         with job.watch([image for image in asked if image.id not in known]) as images:
             results = [_settle(job, image) for image in images]
-        orphans = plan.orphans(look)
         fault = None
         if job.prune_after is not None:
-            pruned, fault = _prune(job, orphans, Evidence(started_at.timestamp(), job.prune_after))
+            pruned, fault = _prune(job, look.orphans, Evidence(started_at.timestamp(), job.prune_after))
             results += pruned
     return Pass(
         started_at=started_at,
@@ -63,7 +61,7 @@ def run_pass(job: Job) -> Pass:
         results=tuple(results),
         room=job.disk.room(),
         settled=settled,
-        orphans=orphans,
+        orphans=look.orphans,
         fault=fault,
     )
 

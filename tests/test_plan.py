@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ln_images.model import File, Image, Outcome, Verdict, Wanted
-from ln_images.plan import IN_FLIGHT, cache_name, is_image_id, judge_files, judge_image
+from ln_images.plan import IN_FLIGHT, cache_name, is_image_id, judge_files, judge_image, look
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 WANTED = Wanted(uid=107, gid=108, mode=0o644, disk_formats=frozenset({"raw", "qcow2"}), marks=True)
@@ -129,6 +129,26 @@ def test_an_image_that_is_being_copied_into_a_store_waits(
 ) -> None:
     """An active image that Glance still copies into a store may be partial in this one; a link that stands is right."""
     assert verdict_of(replace(IMAGE, importing_to="here"), source, entry).outcome is Outcome(outcome)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "settled"),
+    [
+        pytest.param(cache_name(ID), LINK, True, id="as wanted"),
+        pytest.param(cache_name(ID).upper(), LINK, False, id="another name"),
+        pytest.param(cache_name(ID), LINK._replace(inode=12), False, id="another inode"),
+        pytest.param(cache_name(ID), LINK._replace(uid=0), False, id="another owner"),
+        pytest.param(cache_name(ID), LINK._replace(gid=0), False, id="another group"),
+        pytest.param(cache_name(ID), LINK._replace(mode=stat.S_IFREG | 0o600), False, id="another mode"),
+        pytest.param(cache_name(ID), LINK._replace(mode=stat.S_IFLNK | 0o644), False, id="a symbolic link"),
+        pytest.param(cache_name(ID), LINK._replace(mark=None), False, id="no mark"),
+        pytest.param(cache_name(ID), LINK._replace(mark=ID.upper()), False, id="the mark of another"),
+    ],
+)
+def test_only_a_link_that_is_right_in_all_is_settled(name: str, entry: File, settled: bool) -> None:
+    """Glance is not asked about an image exactly where its name, inode, owner, mode and mark are all right."""
+    found = look({11: ID, 13: "lost+found"}, [("a", LINK._replace(inode=13)), (name, entry)], WANTED)
+    assert (found.settled, found.unsettled) == (([ID], []) if settled else ([], [ID]))
 
 
 def test_without_marks_a_link_needs_none() -> None:

@@ -18,13 +18,14 @@ from compute import server as a_server
 from conftest import Node
 from faulty import Answer, Faulty
 from ln_images.disk import MARK, Disk, backing_names
-from ln_images.model import Evidence, File, Look, Outcome, Server, Verdict
-from ln_images.plan import age, cache_name, judge_orphan, orphans
+from ln_images.model import Evidence, File, Outcome, Server, Verdict, Wanted
+from ln_images.plan import age, cache_name, judge_orphan, look
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = "a0000000-0000-4000-8000-000000000000"
 NAME = cache_name(ID)
 DAY = 86400.0
+WANTED = Wanted(0, 0, 0o644, frozenset({"raw"}), marks=True)
 ORPHAN = File(1, 11, stat.S_IFREG | 0o644, links=1, uid=0, gid=0, size=1000, changed=0.0, mark=ID)
 
 
@@ -57,8 +58,8 @@ def evidence(**known: object) -> Evidence:
 )
 def test_what_is_no_orphan_is_not_even_judged(name: str, file: File) -> None:
     """Only a marked entry under its own image's name, whose last link it is, can ever be removed."""
-    assert orphans(Look({}, {name: file})) == {}
-    assert orphans(Look({}, {NAME: ORPHAN})) == {ID: ORPHAN}
+    assert look({}, [(name, file)], WANTED).orphans == {}
+    assert look({}, [(NAME, ORPHAN)], WANTED).orphans == {ID: ORPHAN}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def orphan_in(tmp_path: Path) -> tuple[Disk, Path, File]:
     entry.write_bytes(b"base")
     os.setxattr(entry, MARK, ID.encode())
     disk = Disk(str(images), str(cache))
-    return disk, entry, orphans(disk.look())[ID]
+    return disk, entry, look(disk.sources(), disk.entries(), WANTED).orphans[ID]
 
 
 def test_an_orphan_is_found_and_removed(tmp_path: Path) -> None:
