@@ -2,9 +2,12 @@
 # Python packages into .venv and .cloud, Debian's through apt where they are run as root.
 
 VENV := .venv
-# The servers have an environment of their own: the command must run, and be timed, without them.
+# The servers have an environment of their own: the command must run, and be timed, without them. So has the
+# OpenStack command line client, for the benchmark of what the command replaces.
 CLOUD := .cloud
+OPENSTACK := .openstack
 export CLOUD_VENV := $(CURDIR)/$(CLOUD)
+export OPENSTACK_VENV := $(CURDIR)/$(OPENSTACK)
 
 .PHONY: demo test bench lint clean
 
@@ -18,7 +21,7 @@ test: lint $(CLOUD)/installed
 	$(VENV)/bin/coverage combine --quiet
 	$(VENV)/bin/coverage report
 
-bench: $(VENV)/installed $(CLOUD)/installed
+bench: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed
 	@$(VENV)/bin/python tests/bench.py
 
 lint: $(VENV)/installed
@@ -27,7 +30,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(CLOUD)
+	rm -rf $(VENV) $(CLOUD) $(OPENSTACK)
 
 $(VENV)/installed: setup.py pyproject.toml
 	@tests/need.sh "python3 -c 'import ensurepip'" python3-venv
@@ -35,8 +38,8 @@ $(VENV)/installed: setup.py pyproject.toml
 	$(VENV)/bin/pip install --quiet --editable ".[dev]"
 	touch $@
 
-$(CLOUD)/installed: tests/cloud-requirements.txt
+.%/installed: tests/%-requirements.txt
 	@tests/need.sh "python3 -c 'import ensurepip'" python3-venv
-	python3 -m venv $(CLOUD)
-	$(CLOUD)/bin/pip install --quiet --requirement $<
+	python3 -m venv .$*
+	.$*/bin/pip install --quiet --requirement $<
 	touch $@

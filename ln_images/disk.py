@@ -126,7 +126,7 @@ class Disk:
         with os.scandir(self._cache) as names:
             for name in names:
                 try:
-                    yield name.name, self._found(name.name, name.stat(follow_symlinks=False))
+                    yield name.name, self._entry(name.name, name.stat(follow_symlinks=False))
                 except FileNotFoundError:
                     continue
 
@@ -184,9 +184,9 @@ class Disk:
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         except FileNotFoundError:
             return None
-        return self._found(name, status) if directory == self._cache else _file(status)
+        return self._entry(name, status) if directory == self._cache else _file(status)
 
-    def _found(self, name: str, status: os.stat_result) -> File:
+    def _entry(self, name: str, status: os.stat_result) -> File:
         """A cache entry with its mark."""
         return _file(status, _mark(f"/proc/self/fd/{self._cache}/{name}") if stat.S_ISREG(status.st_mode) else None)
 

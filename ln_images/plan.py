@@ -13,7 +13,7 @@ from ln_images.model import Evidence, File, Image, Look, Outcome, Server, Verdic
 
 # Glance accepts ids chosen by the user in this form, upper case included, and stores them as they are
 # (glance.api.v2.images, oslo_utils.uuidutils.is_uuid_like).
-_IMAGE_ID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_IMAGE_ID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 IN_FLIGHT = frozenset({"queued", "saving", "uploading", "importing"})
 
