@@ -10,7 +10,7 @@ VERSION = re.findall(r'__version__ = "(.+)"', (HERE / "ln_images" / "__init__.py
 
 CLOUDS = ["openstacksdk>=1.0.0"]
 METRICS = ["prometheus-client>=0.16.0"]
-TEST = [*CLOUDS, *METRICS, "coverage>=7.4", "hypothesis>=6.90", "pytest>=8.0", "requests>=2.28"]
+TEST = [*CLOUDS, *METRICS, "coverage>=7.4", "hypothesis>=6.90", "jsonschema>=4.20", "pytest>=8.0", "requests>=2.28"]
 
 setup(
     name="ln-images",
@@ -33,7 +33,7 @@ setup(
         "clouds": CLOUDS,
         "metrics": METRICS,
         "test": TEST,
-        "dev": [*TEST, "mypy>=1.8", "ruff>=0.6", "types-requests", "types-setuptools"],
+        "dev": [*TEST, "mypy>=1.8", "ruff>=0.6", "types-jsonschema", "types-requests", "types-setuptools"],
     },
     entry_points={"console_scripts": ["ln-images = ln_images.cli:main"]},
     classifiers=[

@@ -70,6 +70,7 @@ password = {password}
 project_name = admin
 user_domain_name = Default
 project_domain_name = Default
+service_type = image
 """
 
 
@@ -148,6 +149,17 @@ class Cloud:
         roles = identity.get("/roles", params={"name": role}).json()["roles"]
         identity.put(f"/projects/{made['project']['id']}/users/{user['user']['id']}/roles/{roles[0]['id']}")
         return self.as_user(name, project, password)
+
+    def application_credential(self, user: session.Session, **limits: Any) -> dict[str, str]:
+        """Makes an application credential of ``user``, and returns its ``OS_*`` variables."""
+        document = {"application_credential": {"name": str(uuid.uuid4())} | limits}
+        made = self.identity(user).post(f"/users/{user.get_user_id()}/application_credentials", json=document).json()
+        return {
+            "OS_AUTH_URL": f"{self.keystone}/v3",
+            "OS_AUTH_TYPE": "v3applicationcredential",
+            "OS_APPLICATION_CREDENTIAL_ID": made["application_credential"]["id"],
+            "OS_APPLICATION_CREDENTIAL_SECRET": made["application_credential"]["secret"],
+        }
 
     def create(self, name: str, who: session.Session | None = None, **properties: Any) -> str:
         """Makes a queued image and returns its id. Raw and bare unless told otherwise."""

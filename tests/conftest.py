@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,18 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
-from cloud import Cloud
+from cloud import ROOT, Cloud
 
 # Whatever ends the tests, the servers that they started are stopped first. A shell that runs the tests in the
 # background has them ignore SIGINT, and so would the command that they start.
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.default_int_handler)
+SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "tests" / "report.schema.json").read_text()))
 COMMAND = Path(sys.executable).with_name("ln-images")
 # As root the tests link for somebody else, as in production; otherwise for whoever runs them.
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 OWNER = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root: mounts, devices and other owners")
+
+
+def block(name: str) -> str:
+    """The fenced block of the README that follows the comment ``name``."""
+    found = re.search(rf"<!-- {name} -->\n```[a-z]*\n(.*?)```", README, re.DOTALL)
+    assert found, f"the README has no block {name}"
+    return found[1]
 
 
 @dataclass
@@ -49,8 +60,8 @@ class Node:
         return {key: value for key, value in merged.items() if value is not None}
 
     def run(self, *arguments: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
-        """Runs the installed command to its end."""
-        return subprocess.run(
+        """Runs the installed command to its end. Whatever JSON it prints must be as the schema says."""
+        run = subprocess.run(
             [COMMAND, *arguments],
             env=self.environment(**variables),
             capture_output=True,
@@ -58,6 +69,10 @@ class Node:
             timeout=120,
             check=False,
         )
+        if "json" in arguments:
+            for line in run.stdout.splitlines():
+                SCHEMA.validate(json.loads(line))
+        return run
 
     def outcomes(self, *arguments: str, status: int = 0) -> dict[str, tuple[str, str]]:
         """Runs the command and returns (outcome, reason) by image id, those present included."""

@@ -16,7 +16,7 @@ import pytest
 
 import ln_images
 from cloud import wait_until
-from conftest import COMMAND, OWNER, Node, needs_root
+from conftest import COMMAND, OWNER, SCHEMA, Node, needs_root
 from ln_images.cli import main
 from ln_images.disk import MARK
 
@@ -178,6 +178,17 @@ def test_a_json_report_is_one_line_of_the_documents_shape(node: Node) -> None:
         }
     ]
     assert json.loads(node.run("--format", "json").stdout)["images"] == []
+    image_of_it = document["images"][0]
+    for wrong in (
+        {"version": 2},
+        {"more": 1},
+        {"started_at": "today"},
+        {"counts": {"linked": 1}},
+        {"images": [image_of_it | {"outcome": "done"}]},
+        {"images": [image_of_it | {"outcome": "refused"}]},
+        {"images": [image_of_it | {"cache_name": image}]},
+    ):
+        assert not SCHEMA.is_valid(document | wrong), wrong
 
 
 def test_quiet_prints_nothing_while_all_is_well(node: Node) -> None:

@@ -13,9 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from keystoneauth1.adapter import Adapter
+from keystoneauth1.exceptions import Unauthorized
+from keystoneauth1.identity import v3
+from keystoneauth1.session import Session
 
 from cloud import PASSWORD, REGION, Cloud
-from conftest import COMMAND, Node
+from conftest import COMMAND, Node, block
 from faulty import Answer, Authority, Faulty, Rule
 from ln_images.cloud import image_of
 from ln_images.model import TemporaryError
@@ -488,6 +491,37 @@ def test_what_a_credential_sees_is_linked(node: Node) -> None:
     ended = node.run()
     assert (ended.returncode, ended.stderr) == (0, "")
     assert {image for image in seen | unseen if node.linked(image)} == seen | unseen
+
+
+@pytest.mark.parametrize("role", ["reader", "member", "manager", "admin"])
+def test_only_the_role_admin_sees_every_image(node: Node, role: str) -> None:
+    """With each lesser role another project's private image stays without a link, and a warning says so."""
+    cloud = node.cloud
+    image = cloud.image("private of another project", DATA)
+    cloud.add_user(f"only-{role}", f"only-{role}", role)
+    ended = node.run(OS_USERNAME=f"only-{role}", OS_PROJECT_NAME=f"only-{role}")
+    assert (ended.returncode, node.linked(image)) == (0, role == "admin"), ended.stderr
+    assert ("no admin role" in ended.stderr) is (role != "admin")
+
+
+def test_an_application_credential_for_nothing_but_the_listing_suffices(node: Node) -> None:
+    """The credential of the README may list images, and nothing else of what its user may do."""
+    cloud = node.cloud
+    image = cloud.image("private of another project", DATA, cloud.add_user("owner", "owner", "member"))
+    user = cloud.add_user("ln-images", "ln-images", "admin")
+    rules = json.loads(block("access rules"))[:2]
+    openrc = cloud.application_credential(user, roles=[{"name": "admin"}], access_rules=rules)
+    links(node, {**NO_OPENRC, **openrc})
+    assert node.linked(image)
+    auth = v3.ApplicationCredential(
+        openrc["OS_AUTH_URL"],
+        application_credential_id=openrc["OS_APPLICATION_CREDENTIAL_ID"],
+        application_credential_secret=openrc["OS_APPLICATION_CREDENTIAL_SECRET"],
+    )
+    limited = cloud.image_api(Session(auth))
+    for method, path in (("DELETE", f"/images/{image}"), ("GET", f"/images/{image}/file"), ("POST", "/images")):
+        with pytest.raises(Unauthorized):
+            limited.request(path, method)
 
 
 @pytest.mark.parametrize("status", [400, 401, 500])

@@ -9,17 +9,9 @@ from pathlib import Path
 import pytest
 
 from cloud import ROOT, SERVERS
-from conftest import COMMAND, Node
+from conftest import COMMAND, Node, block
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 CRONTAB = (ROOT / "crontab.example").read_text(encoding="utf-8")
-
-
-def block(name: str) -> str:
-    """The fenced block of the README that follows the comment ``name``."""
-    found = re.search(rf"<!-- {name} -->\n```[a-z]*\n(.*?)```", README, re.DOTALL)
-    assert found, f"the README has no block {name}"
-    return found[1]
 
 
 def test_the_readmes_options_are_those_of_help() -> None:

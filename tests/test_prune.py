@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cloud import REGION
 from compute import Compute, Fault
 from compute import server as a_server
-from conftest import Node
+from conftest import Node, block
 from faulty import Answer, Faulty
 from ln_images.disk import MARK, Disk, backing_names
 from ln_images.model import Evidence, File, Outcome, Server, Verdict, Wanted
@@ -338,6 +338,20 @@ def test_a_young_orphan_is_kept_and_nothing_is_asked(node: Node, nova: Compute) 
     outcome, reason = node.outcomes("--prune")[gone]
     assert (outcome, reason.endswith("ago, kept for 1 d")) == ("kept", True)
     assert not nova.asked
+
+
+def test_the_credential_of_the_readme_suffices(node: Node, nova: Compute) -> None:
+    """With the rules that the README gives, Glance and Nova are asked all that pruning asks them."""
+    gone = deleted_image(node)
+    user = node.cloud.add_user("pruner", "pruner", "admin")
+    rules = json.loads(block("access rules"))
+    openrc = node.cloud.application_credential(user, roles=[{"name": "admin"}], access_rules=rules)
+    unset = dict.fromkeys(name for name in node.cloud.environment() if name != "OS_REGION_NAME")
+    run = node.run("--prune", "--prune-after", "0", **{**unset, **openrc})
+    assert (run.returncode, run.stderr) == (0, "")
+    assert not node.entry(gone).exists()
+    allowed = {rule["path"] for rule in rules if rule["service"] == "compute"}
+    assert {f"/v2.1{asked.path}" for asked in nova.asked} == allowed
 
 
 USES = {
