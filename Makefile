@@ -9,10 +9,13 @@ OPENSTACK := .openstack
 export CLOUD_VENV := $(CURDIR)/$(CLOUD)
 export OPENSTACK_VENV := $(CURDIR)/$(OPENSTACK)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo cloud test bench lint clean
 
 demo: $(VENV)/installed $(CLOUD)/installed
 	@$(VENV)/bin/python tests/demo.py
+
+cloud: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed
+	@$(VENV)/bin/python tests/demo.py --keep
 
 test: lint $(CLOUD)/installed
 	@tests/need.sh "command -v qemu-img" qemu-utils

@@ -22,6 +22,7 @@ setup(
     license_files=["LICENSE"],
     packages=["ln_images"],
     package_data={"ln_images": ["py.typed"]},
+    data_files=[("share/man/man1", ["docs/ln-images.1"])],
     python_requires=">=3.11",
     install_requires=[
         "click>=8.1",

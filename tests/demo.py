@@ -1,8 +1,12 @@
-"""``make demo``: the whole job on a real Keystone and Glance, in a temporary directory that is removed again."""
+"""``make demo``: the whole job on a real Keystone and Glance, in a temporary directory that is removed again.
+
+``make cloud`` is the same cloud without the show: it stays until it is interrupted.
+"""
 
 import getpass
 import os
 import pwd
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,13 +21,16 @@ DEBIAN, RESCUE, SNAPSHOT, NEXT = (f"{n}0000000-0000-4000-8000-000000000000" for 
 
 
 def main() -> int:
-    """Runs the demo; 130 when it was interrupted. Servers and files are gone afterwards, either way."""
+    """Runs the demo, or with ``--keep`` a cloud; 130 when interrupted. Servers and files are gone afterwards."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         with tempfile.TemporaryDirectory(prefix="ln-images-demo-") as directory:
             print("Starting a real Keystone and a real Glance on loopback ...", flush=True)
             with Cloud(Path(directory, "cloud")) as cloud:
+                (cloud.directory / "imagecache").mkdir()
+                if sys.argv[1:] == ["--keep"]:
+                    _keep(cloud)
                 _show(cloud)
             print("\nThe servers are stopped and the directory is removed.")
     except KeyboardInterrupt:
@@ -41,7 +48,6 @@ def _interrupt(number: int, _frame: object) -> None:
 
 def _show(cloud: Cloud) -> None:
     owner = _owner()
-    (cloud.directory / "imagecache").mkdir()
     cloud.image("debian-12", b"\1" * 3 * MIB, id=DEBIAN)
     cloud.image("rescue", b"\2" * MIB, id=RESCUE)
     cloud.create("tomorrow", id=NEXT)
@@ -55,6 +61,21 @@ def _show(cloud: Cloud) -> None:
     print("\nThe upload is finished. The next pass:")
     _run(cloud, "ln-images", "--images-dir", "images", "--cache-dir", "imagecache", "--owner", owner)
     _run(cloud, "ls", "-li", "--time-style=+", "images", "imagecache")
+
+
+def _keep(cloud: Cloud) -> None:
+    """Writes an openrc, says where it is, and waits for the signal that ends it all."""
+    variables = cloud.environment() | {
+        "LN_IMAGES_IMAGES_DIR": str(cloud.images),
+        "LN_IMAGES_CACHE_DIR": str(cloud.directory / "imagecache"),
+        "LN_IMAGES_OWNER": _owner(),
+    }
+    openrc = cloud.directory / "openrc"
+    openrc.touch(mode=0o600)
+    openrc.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()))
+    print(f"The cloud is up until Ctrl-C. In another terminal:\n\n    . {openrc}", flush=True)
+    while True:
+        signal.pause()
 
 
 def _owner() -> str:

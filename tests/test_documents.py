@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import man
 from cloud import ROOT, SERVERS
-from conftest import COMMAND, Node, block
+from conftest import COMMAND, README, Node, block
 
 CRONTAB = (ROOT / "crontab.example").read_text(encoding="utf-8")
 
@@ -18,6 +19,23 @@ def test_the_readmes_options_are_those_of_help() -> None:
     """The README shows exactly what --help prints."""
     shown = subprocess.check_output([COMMAND, "--help"], text=True, env={**os.environ, "COLUMNS": "100"})
     assert block("help") == shown
+
+
+def test_the_man_page_is_that_of_the_command() -> None:
+    """The page that is installed is the one that tests/man.py makes now."""
+    path = ROOT / "docs" / "ln-images.1"
+    assert path.read_text(encoding="utf-8").splitlines() == "\n".join(man.page()).splitlines()
+
+
+@pytest.mark.parametrize(("shell", "word"), [("bash", "1"), ("zsh", "1"), ("fish", "--prune")])
+def test_the_shell_completes_options(shell: str, word: str) -> None:
+    """What the README has a shell ask for its completion answers, and completes an option and its choices."""
+    source = subprocess.check_output([COMMAND], text=True, env={**os.environ, "_LN_IMAGES_COMPLETE": f"{shell}_source"})
+    assert "_LN_IMAGES_COMPLETE" in source
+    assert f"_LN_IMAGES_COMPLETE={shell}_source ln-images" in README
+    words = {"COMP_WORDS": "ln-images --prune", "COMP_CWORD": word}
+    asked = {**os.environ, **words, "_LN_IMAGES_COMPLETE": f"{shell}_complete"}
+    assert "--prune-after" in subprocess.check_output([COMMAND], text=True, env=asked)
 
 
 def without_what_varies(text: str) -> str:
