@@ -15,7 +15,7 @@ demo: $(VENV)/installed $(CLOUD)/installed
 	@$(VENV)/bin/python tests/demo.py
 
 cloud: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed
-	@$(VENV)/bin/python tests/demo.py --keep
+	@$(VENV)/bin/python tests/demo.py --keep $(if $(DIRECTORY),--directory $(DIRECTORY))
 
 test: lint $(CLOUD)/installed
 	@tests/need.sh "command -v qemu-img" qemu-utils

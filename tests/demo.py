@@ -1,16 +1,20 @@
 """``make demo``: the whole job on a real Keystone and Glance, in a temporary directory that is removed again.
 
-``make cloud`` is the same cloud without the show: it stays until it is interrupted.
+``make cloud`` is the same cloud without the show: it stays until it is interrupted. With ``DIRECTORY`` it lies there.
 """
 
+import argparse
+import contextlib
 import getpass
 import os
 import pwd
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from cloud import Cloud, wait_until
@@ -21,15 +25,19 @@ DEBIAN, RESCUE, SNAPSHOT, NEXT = (f"{n}0000000-0000-4000-8000-000000000000" for 
 
 
 def main() -> int:
-    """Runs the demo, or with ``--keep`` a cloud; 130 when interrupted. Servers and files are gone afterwards."""
+    """Runs the demo, or a cloud until it is interrupted; then 130. Servers and files are gone afterwards."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", action="store_true", help="only run the cloud, until it is interrupted")
+    parser.add_argument("--directory", type=Path, help="where it lies; must not exist yet")
+    options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        with tempfile.TemporaryDirectory(prefix="ln-images-demo-") as directory:
+        with _fresh(options.directory) as directory:
             print("Starting a real Keystone and a real Glance on loopback ...", flush=True)
-            with Cloud(Path(directory, "cloud")) as cloud:
+            with Cloud(directory) as cloud:
                 (cloud.directory / "imagecache").mkdir()
-                if sys.argv[1:] == ["--keep"]:
+                if options.keep:
                     _keep(cloud)
                 _show(cloud)
             print("\nThe servers are stopped and the directory is removed.")
@@ -37,6 +45,23 @@ def main() -> int:
         print("\nInterrupted: the servers are stopped and the directory is removed.")
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _fresh(directory: Path | None) -> Iterator[Path]:
+    """The directory, or a temporary one. It is made, and removed in the end."""
+    if directory is None:
+        with tempfile.TemporaryDirectory(prefix="ln-images-demo-") as temporary:
+            yield Path(temporary)
+        return
+    try:
+        directory.mkdir()
+    except OSError as error:
+        sys.exit(f"{directory}: {error.strerror}: name a directory that can be made, and is not there yet")
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
 
 
 def _interrupt(number: int, _frame: object) -> None:
