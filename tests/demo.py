@@ -61,7 +61,8 @@ def _fresh(directory: Path | None) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        shutil.rmtree(directory)
+        # A pass that cron has begun may still write there.
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _interrupt(number: int, _frame: object) -> None:
