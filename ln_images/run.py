@@ -50,10 +50,12 @@ def run_pass(job: Job) -> Pass:
         asked = job.cloud.images(None if job.full or len(look.unsettled) > LISTING_PAYS else look.unsettled)
         with job.watch([image for image in asked if image.id not in known]) as images:
             results = [_settle(job, image) for image in images]
-        fault = None
-        if job.prune_after is not None:
-            pruned, fault = _prune(job, look.orphans, Evidence(started_at.timestamp(), job.prune_after))
-            results += pruned
+    # Without the lock, since asking Nova takes its time: nothing links an orphan's name, and what is removed is
+    # first looked at again.
+    fault = None
+    if job.prune_after is not None:
+        pruned, fault = _prune(job, look.orphans, Evidence(started_at.timestamp(), job.prune_after))
+        results += pruned
     return Pass(
         started_at=started_at,
         duration=time.monotonic() - start,

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud import REGION
+from cloud import REGION, wait_until
 from compute import Compute, Fault
 from compute import server as a_server
-from conftest import Node, block
+from conftest import COMMAND, Node, block
 from faulty import Answer, Faulty
 from ln_images.disk import MARK, Disk, backing_names
 from ln_images.model import Evidence, File, Outcome, Server, Verdict, Wanted
@@ -343,7 +343,7 @@ def test_a_young_orphan_is_kept_and_nothing_is_asked(node: Node, nova: Compute) 
 def test_the_credential_of_the_readme_suffices(node: Node, nova: Compute) -> None:
     """With the rules that the README gives, Glance and Nova are asked all that pruning asks them."""
     gone = deleted_image(node)
-    user = node.cloud.add_user("pruner", "pruner", "admin")
+    user = node.cloud.add_user("least", "least", "admin")
     rules = json.loads(block("access rules"))
     openrc = node.cloud.application_credential(user, roles=[{"name": "admin"}], access_rules=rules)
     unset = dict.fromkeys(name for name in node.cloud.environment() if name != "OS_REGION_NAME")
@@ -396,6 +396,22 @@ def kept_with_fault(node: Node, image: str, *arguments: str, status: int = 75, *
     assert node.entry(image).exists()
     (line,) = run.stderr.splitlines()
     return line
+
+
+def test_while_nova_is_asked_other_runs_link(node: Node, nova: Compute) -> None:
+    """A prune that waits for Nova does not hold the lock: the next pass links what is new."""
+    gone = deleted_image(node)
+    nova.faults["detail?"] = Fault(hang=True)
+    command = [str(COMMAND), "--prune", "--prune-after", "0", "--timeout", "20"]
+    with subprocess.Popen(command, env=node.environment(), stdout=subprocess.DEVNULL) as pruning:
+        try:
+            wait_until(lambda: nova.asked, "a question to Nova")
+            new = node.cloud.image("new", DATA)
+            assert node.run().returncode == 0
+            assert node.linked(new)
+            assert node.entry(gone).exists()
+        finally:
+            pruning.kill()
 
 
 @pytest.mark.parametrize("with_server", [True, False])
