@@ -384,10 +384,6 @@ class Upload:
         if answer.status != http.HTTPStatus.NO_CONTENT:
             raise RuntimeError(f"upload of {self._image_id}: HTTP {answer.status} {body!r}")
 
-    def abort(self) -> None:
-        """Cuts the connection, as a client that dies does."""
-        self._connection.close()
-
 
 def wait_until(condition: Any, what: str, seconds: float = 30.0) -> None:
     """Polls until ``condition()`` is true, or fails with ``what`` was waited for."""
