@@ -108,7 +108,7 @@ def table(results: Sequence[Result], width: int | None = None, colour: bool = Fa
     if not results:
         return ""
     rows = [_COLUMNS, *(_row(result) for result in results)]
-    widths = [max(text_width(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    widths = [max(_width(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     if width is not None:
         spare = width - sum(widths[1:5]) - 2 * (len(widths) - 1)
         widths[0] = min(widths[0], max(_NARROWEST, spare - widths[5]))
@@ -144,18 +144,18 @@ def size_text(size: int | None) -> str:
     return f"{value:.1f} {_UNITS[unit]}" if unit else f"{size} B"
 
 
-def text_width(text: str) -> int:
+def _width(text: str) -> int:
     """How many columns of a terminal ``text`` takes (Unicode TR 11: wide and fullwidth take two)."""
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
 def _fitted(text: str, width: int) -> str:
-    if text_width(text) <= width:
+    if _width(text) <= width:
         return text
-    while text_width(text) > width - 1:
+    while _width(text) > width - 1:
         text = text[:-1]
     return f"{text}~"
 
 
 def _padded(text: str, width: int) -> str:
-    return text + " " * (width - text_width(text))
+    return text + " " * (width - _width(text))
