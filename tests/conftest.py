@@ -23,9 +23,13 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.default_int_handler)
 SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "tests" / "report.schema.json").read_text()))
 COMMAND = Path(sys.executable).with_name("ln-images")
-# As root the tests link for somebody else, as in production; otherwise for whoever runs them.
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# As root the tests link for somebody else, as in production; otherwise for whoever runs them.
 OWNER = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())
+# Takes the credentials of the openrc away, and leaves the region.
+NO_OPENRC = dict.fromkeys(
+    ("OS_AUTH_URL", "OS_USERNAME", "OS_PASSWORD", "OS_PROJECT_NAME", "OS_USER_DOMAIN_NAME", "OS_PROJECT_DOMAIN_NAME")
+)
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root: mounts, devices and other owners")
 
 

@@ -18,7 +18,7 @@ from keystoneauth1.identity import v3
 from keystoneauth1.session import Session
 
 from cloud import PASSWORD, REGION, Cloud
-from conftest import COMMAND, Node, block
+from conftest import COMMAND, NO_OPENRC, Node, block
 from faulty import Answer, Authority, Faulty, Rule
 from ln_images.cloud import image_of
 from ln_images.model import TemporaryError
@@ -26,9 +26,6 @@ from ln_images.model import TemporaryError
 DATA = b"\1" * 4096
 HANG_SECONDS = 60
 WRONG = "n0t-the-Password"
-NO_OPENRC = dict.fromkeys(
-    ("OS_AUTH_URL", "OS_USERNAME", "OS_PASSWORD", "OS_PROJECT_NAME", "OS_USER_DOMAIN_NAME", "OS_PROJECT_DOMAIN_NAME")
-)
 Variables = dict[str, str | None]
 Front = Callable[..., tuple[Faulty, Variables]]
 
