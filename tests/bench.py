@@ -77,10 +77,10 @@ A pass is `ln-images -q`, as cron runs it. "Bare" is a process that imports the 
 image. "Only looking" is a process that makes the system calls without which no link can be told to be right, and does
 nothing with the answers: one for each image to read owner and mode, one to read the mark, and those that list the two
 directories. A new image is one whose link was taken away before the pass. The script lists all images twice with the
-OpenStack command line client, of an environment of its own, and runs a shell
-with `ln`, `chown` and `chmod` for each. "One more pass" is what {EVERY_SECONDS} s of `--every 1` took beyond a single
-pass, divided by the passes. Skipped images have a format that is not linked, refused ones a content that is not what
-Glance says. Requests are those to Keystone and Glance, without Glance's own.
+OpenStack command line client, of an environment of its own, and runs a shell with `ln`, `chown` and `chmod` for each.
+"One more pass" is what {EVERY_SECONDS} s of `--every 1` took beyond a single pass, divided by the passes. Skipped
+images have a format that is not linked, refused ones a content that is not what Glance says. Requests are those to
+Keystone and Glance, without Glance's own.
 """
 
 

@@ -107,14 +107,13 @@ def front(node: Node, identity: Adapter) -> Iterator[Front]:
 
 
 @pytest.fixture(scope="module")
-def facts(cloud: Cloud, identity: Adapter) -> dict[str, str]:
+def facts(cloud: Cloud) -> dict[str, str]:
     """What the variables of ``WAYS`` are filled in with."""
     who = cloud.as_user()
     facts = {"keystone": cloud.keystone, "user": who.get_user_id(), "project": who.get_project_id()}
-    document = {"application_credential": {"name": "cron"}}
-    made = identity.post(f"/users/{facts['user']}/application_credentials", json=document).json()
-    credential = made["application_credential"]
-    facts |= {"id": credential["id"], "secret": credential["secret"], "token": who.get_token()}
+    credential = cloud.application_credential(who, name="cron")
+    facts |= {name: credential[f"OS_APPLICATION_CREDENTIAL_{name.upper()}"] for name in ("id", "secret")}
+    facts["token"] = who.get_token()
     return {name: str(fact) for name, fact in facts.items()}
 
 
