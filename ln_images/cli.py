@@ -253,21 +253,24 @@ def _failure_told(textfile: Textfile | None) -> Iterator[None]:
 def _passes(settings: _Settings) -> Callable[[], Pass]:
     """All that passes share, as a function that makes one."""
     # What a pass needs is imported when it is known that there is one: --help is quick.
-    from ln_images.cloud import connect
     from ln_images.disk import Disk, owner_ids
+    from ln_images.glance import Glance
+    from ln_images.keystone import connect
     from ln_images.run import Job, run_pass
 
     uid, gid = owner_ids(settings.owner)
     # Wrong directories and missing credentials are told before anything is asked or locked.
     Disk(settings.images_dir, settings.cache_dir).close()
-    cloud = connect(os.environ, settings.timeout, settings.os_cloud)
+    connection = connect(os.environ, settings.timeout, settings.os_cloud)
+    glance = Glance(connection)
 
     def make() -> Pass:
         # Opened for each pass: a long run notices when a directory has been replaced or mounted over.
         with Disk(settings.images_dir, settings.cache_dir) as disk:
             return run_pass(
                 Job(
-                    cloud=cloud,
+                    connection=connection,
+                    glance=glance,
                     disk=disk,
                     wanted=Wanted(uid, gid, settings.mode, frozenset(settings.disk_formats), disk.marks),
                     full=settings.full,

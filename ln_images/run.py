@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from ln_images import plan
-from ln_images.cloud import Cloud
+from ln_images import nova, plan
 from ln_images.disk import Disk, backing_names
+from ln_images.glance import Glance
+from ln_images.keystone import Connection
 from ln_images.model import CHANGES, Evidence, File, Image, LnImagesError, Outcome, Pass, Result, Verdict, Wanted
 
 LOG = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ class Job:
     ``watch`` gives the images back one by one, and may show how far it has come.
     """
 
-    cloud: Cloud
+    connection: Connection
+    glance: Glance
     disk: Disk
     wanted: Wanted
     full: bool
@@ -47,7 +49,7 @@ def run_pass(job: Job) -> Pass:
         look = plan.look(job.disk.sources(), job.disk.entries(), job.wanted)
         settled = () if job.full else look.settled
         known = frozenset(settled)
-        asked = job.cloud.images(None if job.full or len(look.unsettled) > LISTING_PAYS else look.unsettled)
+        asked = job.glance.images(None if job.full or len(look.unsettled) > LISTING_PAYS else look.unsettled)
         with job.watch([image for image in asked if image.id not in known]) as images:
             results = [_settle(job, image) for image in images]
     # Without the lock, since asking Nova takes its time: nothing links an orphan's name, and what is removed is
@@ -95,9 +97,9 @@ def _gathered(job: Job, orphans: Mapping[str, File], evidence: Evidence) -> Evid
         ]
 
     if ids := doubtful(evidence):
-        evidence = replace(evidence, images=job.cloud.statuses(ids))
+        evidence = replace(evidence, images=job.glance.statuses(ids))
     if doubtful(evidence):
-        evidence = replace(evidence, servers=job.cloud.servers())
+        evidence = replace(evidence, servers=nova.servers(job.connection))
     if doubtful(evidence):
         backed, unreadable = backing_names(job.instances_dirs)
         evidence = replace(evidence, backed=backed, unreadable=unreadable)

@@ -20,7 +20,7 @@ from keystoneauth1.session import Session
 from cloud import PASSWORD, REGION, Cloud
 from conftest import COMMAND, NO_OPENRC, Node, block
 from faulty import Answer, Authority, Faulty, Rule
-from ln_images.cloud import image_of
+from ln_images.glance import image_of
 from ln_images.model import TemporaryError
 
 DATA = b"\1" * 4096

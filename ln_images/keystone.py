@@ -1,0 +1,221 @@
+"""Environment -> session. How a failure of any service becomes one of our errors, and how long one may take."""
+
+import contextlib
+import os
+import re
+import signal
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ln_images import __version__
+from ln_images.model import ConfigurationError, LnImagesError, TemporaryError
+
+if TYPE_CHECKING:
+    from keystoneauth1.loading import BaseLoader, Opt
+    from keystoneauth1.plugin import BaseAuthPlugin
+    from keystoneauth1.session import Session
+
+_LINE = 200
+# A service that is asked for one thing may take as long as so many requests that time out.
+_REQUESTS = 20
+_MEND = "`source admin-openrc` first, or give --os-cloud"
+# An application credential carries its scope; Keystone refuses one that is given beside it.
+_SCOPE = re.compile(r"system_scope|trust_id|(project|domain|project_domain)_(id|name)")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """An authenticated session, and what chooses the endpoints from its catalog.
+
+    ``region`` and ``interface`` are as ``OS_REGION_NAME`` and ``OS_INTERFACE``. ``timeout`` is in seconds, for one
+    request.
+    """
+
+    session: "Session"
+    region: str | None
+    interface: str | list[str] | None
+    timeout: float
+
+    @property
+    def seconds(self) -> float:
+        """How long a service may take for one question."""
+        return _REQUESTS * self.timeout
+
+    def endpoint(self, service_type: str) -> dict[str, Any]:
+        """What chooses the endpoint of a service."""
+        return {"service_type": service_type, "region_name": self.region, "interface": self.interface}
+
+    def is_administrator(self) -> bool:
+        """Glance shows every project's images only to the role ``admin`` (its default policy)."""
+        get_access = getattr(self.session.auth, "get_access", None)
+        return get_access is None or "admin" in (role.lower() for role in get_access(self.session).role_names)
+
+
+def connect(environment: Mapping[str, str], timeout: float, os_cloud: str | None = None) -> Connection:
+    """The connection of an openrc's ``OS_*`` variables, or of the ``clouds.yaml`` entry ``os_cloud``.
+
+    Nothing is sent yet. ``timeout`` is in seconds, for each HTTP request. Raises ConfigurationError
+    where something is missing.
+    """
+    if os_cloud is not None:
+        return _connect_by_name(os_cloud, timeout)
+    from keystoneauth1.session import Session
+
+    given = {name: value for name, value in environment.items() if value}
+    cert, key = _file(given, "OS_CERT"), _file(given, "OS_KEY")
+    session = Session(
+        auth=_auth(given),
+        verify=_file(given, "OS_CACERT") or True,
+        cert=(cert, key) if cert and key else cert,
+        timeout=timeout,
+        app_name="ln-images",
+        app_version=__version__,
+    )
+    interface = given.get("OS_INTERFACE") or given.get("OS_ENDPOINT_TYPE")
+    return Connection(session, given.get("OS_REGION_NAME"), interface, timeout)
+
+
+def _connect_by_name(os_cloud: str, timeout: float) -> Connection:
+    try:
+        from openstack import config
+    except ImportError:
+        raise ConfigurationError(
+            "--os-cloud needs openstacksdk: pip install 'ln-images[clouds]', or unset OS_CLOUD and use an openrc"
+        ) from None
+    try:
+        region = config.OpenStackConfig(app_name="ln-images", app_version=__version__).get_one(
+            cloud=os_cloud, api_timeout=timeout
+        )
+        return Connection(region.get_session(), region.get_region_name("image"), region.get_interface("image"), timeout)
+    except Exception as error:
+        raise ConfigurationError(f"--os-cloud {os_cloud}: {_line(error)}: check its entry in clouds.yaml") from None
+
+
+def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
+    """The auth plugin that ``OS_AUTH_TYPE`` names, from its own options' ``OS_*`` variables."""
+    from keystoneauth1 import exceptions, loading
+
+    auth_type = given.get("OS_AUTH_TYPE", "password")
+    try:
+        loader: BaseLoader[BaseAuthPlugin] = loading.get_plugin_loader(auth_type)
+    except exceptions.NoMatchingPlugin:
+        raise ConfigurationError(f"OS_AUTH_TYPE={auth_type} is no auth plugin known here: {_MEND}") from None
+    scoped = auth_type == "v3applicationcredential"
+
+    def value(option: "Opt") -> Any:
+        if scoped and _SCOPE.fullmatch(option.dest):
+            return None
+        return next((given[name] for name in _variables(option) if name in given), option.default)
+
+    options = {option.dest: option for option in loader.get_options()}
+    missing = _missing({dest: value(option) for dest, option in options.items()}, options)
+    if missing:
+        raise ConfigurationError(f"{' and '.join(missing)} not set: {_MEND}")
+    if "auth_url" in options and not _is_url(str(value(options["auth_url"]))):
+        raise ConfigurationError("OS_AUTH_URL is no http or https URL: correct it in your openrc")
+    try:
+        return loader.load_from_options_getter(value)
+    except exceptions.MissingRequiredOptions as error:
+        names = [_variables(option)[0] for option in error.options]
+        raise ConfigurationError(f"{' and '.join(names)} not set: {_MEND}") from None
+    except Exception as error:
+        raise ConfigurationError(f"OS_AUTH_TYPE={auth_type}: {_line(error)}: check your openrc") from None
+
+
+def _variables(option: "Opt") -> list[str]:
+    """The variables that an option is read from, deprecated spellings last, as in keystoneauth1's own command lines."""
+    return [f"OS_{one.name.replace('-', '_').upper()}" for one in (option, *option.deprecated)]
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _missing(values: Mapping[str, Any], options: Mapping[str, "Opt"]) -> list[str]:
+    """The variables without which the plugin would fail late, or with no word of what is missing."""
+    default_domain = ("default_domain_name", "default_domain_id")
+    needed: list[tuple[str, ...]] = [
+        (dest,) for dest, option in options.items() if option.required or option.prompt or dest == "token"
+    ]
+    if "user_id" in options and any(option.prompt for option in options.values()):
+        needed.append(("username", "user_id"))
+    if "application_credential_id" in options:
+        needed.append(("application_credential_id", "application_credential_name"))
+    if "user_domain_id" in options and values.get("username"):
+        needed.append(("user_domain_name", "user_domain_id", *default_domain))
+    if "project_domain_id" in options and values.get("project_name"):
+        needed.append(("project_domain_name", "project_domain_id", *default_domain))
+    return [f"OS_{names[0].upper()}" for names in needed if not any(values.get(name) for name in names)]
+
+
+def _file(given: Mapping[str, str], variable: str) -> str | None:
+    """The path in a variable, since a file that cannot be read fails only inside a request, and unnamed."""
+    path = given.get(variable)
+    if path is not None and not os.access(path, os.R_OK):
+        raise ConfigurationError(f"{variable}={path} cannot be read: correct the path or its mode")
+    return path
+
+
+@contextlib.contextmanager
+def asking(service: str, seconds: float) -> Iterator[None]:
+    """Turns whatever goes wrong while a service is asked into one of our errors, and ends what takes too long.
+
+    The libraries let more through than their own exceptions: bare ``Exception``, ``OSError`` of requests, and
+    ``KeyError`` or ``TypeError`` from answers of another shape. Some servers are never done: glanceclient follows
+    ``next`` for ever, a body may come byte by byte, and keystoneauth1 5.18.1 waits for itself where a search for
+    Keystone's versions is answered with 401.
+    """
+
+    def late(*_: object) -> None:
+        raise TemporaryError(f"{service} has not answered whole within {seconds:.0f} s: give a longer --timeout")
+
+    before = signal.signal(signal.SIGALRM, late)
+    # Again every second, should a library swallow the first.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    except (ConfigurationError, TemporaryError):
+        raise
+    except Exception as error:
+        raise _translated(service, error) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _translated(service: str, error: Exception) -> LnImagesError:
+    """Our error for one of another library's. What a service says of itself is not repeated: it could be a secret."""
+    from glanceclient import exc
+    from keystoneauth1 import exceptions
+
+    status = getattr(error, "http_status", None) or getattr(error, "code", None)
+    said = f"HTTP {status}" if isinstance(status, int) and status else type(error).__name__
+    if status in (401, 403) or (service == "Keystone" and status in (400, 404)):
+        return ConfigurationError(f"{service} refuses the credentials: {said}: check your openrc")
+    if isinstance(error, exceptions.EndpointNotFound):
+        return ConfigurationError(
+            f"{_line(error)}: check OS_PROJECT_NAME (a token without a project has no catalog), OS_REGION_NAME and"
+            " OS_INTERFACE"
+        )
+    if isinstance(error, exceptions.SSLError) or isinstance(error.__context__, exceptions.SSLError):
+        return ConfigurationError(f"{service}: {_line(error)}: set OS_CACERT to the CA that signed it")
+    if service == "Keystone" and type(error) is Exception:
+        return ConfigurationError(
+            "the credentials lack something, such as a password: check clouds.yaml or your openrc"
+        )
+    told = (exceptions.ConnectFailure, exceptions.ConnectTimeout, exceptions.DiscoveryFailure)
+    if isinstance(error, (*told, exc.CommunicationError, exc.InvalidEndpoint)):
+        said = f"{said}: {_line(error)}"
+    return TemporaryError(f"{service} cannot be asked: {said}: if it is not down, check OS_AUTH_URL and the catalog")
+
+
+def _line(error: Exception) -> str:
+    """What an exception says, as one line without the password that a URL may hold."""
+    text = re.sub(r"//[^/]*@", "//", " ".join(str(error).split())).rstrip(".")
+    return text if len(text) <= _LINE else f"{text[:_LINE]}..."
