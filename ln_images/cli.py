@@ -256,7 +256,7 @@ def _passes(settings: _Settings) -> Callable[[], Pass]:
     from ln_images.disk import Disk, owner_ids
     from ln_images.glance import Glance
     from ln_images.keystone import connect
-    from ln_images.run import Job, run_pass
+    from ln_images.run import Job, run_pass, uninterrupted
 
     uid, gid = owner_ids(settings.owner)
     # Wrong directories and missing credentials are told before anything is asked or locked.
@@ -277,6 +277,7 @@ def _passes(settings: _Settings) -> Callable[[], Pass]:
                     dry_run=settings.dry_run,
                     prune_after=settings.prune_after if settings.prune else None,
                     instances_dirs=settings.instances_dirs,
+                    uninterrupted=uninterrupted,
                     watch=_progress,
                 )
             )

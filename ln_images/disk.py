@@ -11,9 +11,8 @@ import grp
 import logging
 import os
 import pwd
-import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from ln_images import inspection
 from ln_images.model import AnotherRunError, ConfigurationError, File, Image, Outcome, Room, Verdict, Wanted
@@ -223,46 +222,6 @@ class Disk:
                 raise
             return self._judge(image, None, wanted)
         return Verdict(Outcome.LINKED)
-
-
-def backing_names(directories: Iterable[str]) -> tuple[dict[str, str], str]:
-    """What the disks below Nova's instance directories are backed by: ``<directory>/<server>/disk*``.
-
-    Returns the path of a disk by each cache name that its qcow2 header names, and the path of one of which
-    that cannot be told, or nothing. Symbolic links are not followed, and cannot be told.
-    """
-    backed: dict[str, str] = {}
-    doubtful: list[str] = []
-    for directory in directories:
-        errors: list[OSError] = []
-        for number, (path, servers, files, descriptor) in enumerate(os.fwalk(directory, onerror=errors.append)):
-            if number == 0:
-                doubtful += [f"{path}/{name}" for name in servers if _is_link(descriptor, name)]
-                continue
-            servers.clear()
-            for name in files:
-                if name.startswith("disk"):
-                    try:
-                        backed |= dict.fromkeys(_backed_by(descriptor, name), f"{path}/{name}")
-                    except FileNotFoundError:
-                        continue
-                    except (OSError, ValueError):
-                        doubtful.append(f"{path}/{name}")
-        doubtful += [f"{directory}/{error.filename}" for error in errors]
-    return backed, next(iter(doubtful), "")
-
-
-def _is_link(directory: int, name: str) -> bool:
-    return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
-
-
-def _backed_by(directory: int, disk: str) -> list[str]:
-    """The cache names in the backing file of a disk; none for what QEMU cannot have as a disk, such as a FIFO."""
-    mode = os.stat(disk, dir_fd=directory, follow_symlinks=False).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
-        return []
-    with _closing(os.open(disk, _SOURCE, dir_fd=directory)) as descriptor:
-        return re.findall(r"[0-9a-f]{40}", inspection.backing_file(descriptor).decode("latin-1"))
 
 
 @contextlib.contextmanager

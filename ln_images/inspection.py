@@ -6,7 +6,6 @@ A hard link bypasses that check, so it is made here, with the same library and t
 
 import os
 import re
-import struct
 from typing import IO, cast
 
 _CHUNK = 4096
@@ -114,25 +113,6 @@ def _probed(sector: bytes) -> str | None:
     if sector[64:68] == _VDI:
         return "vdi"
     return "vmdk" if _VMDK_TEXT.match(sector) else None
-
-
-def backing_file(descriptor: int) -> bytes:
-    """What a qcow2 disk names as its backing file; nothing where it has none, or is no qcow2 disk.
-
-    Raises ValueError where the header is cut short or says what cannot be (QEMU, ``docs/interop/qcow2.txt``).
-    """
-    header = os.pread(descriptor, 20, 0)
-    if not header.startswith(_QCOW2):
-        return b""
-    if len(header) < 20:
-        raise ValueError("the header is cut short")
-    offset, size = struct.unpack_from(">QI", header, 8)
-    if not offset:
-        return b""
-    name = os.pread(descriptor, size, offset) if size <= _BACKING_NAME and offset < 2**63 else b""
-    if len(name) != size or not size:
-        raise ValueError("the name of the backing file cannot be read")
-    return name
 
 
 class _Reader:

@@ -9,18 +9,13 @@ import re
 import stat
 from collections.abc import Iterable, Mapping
 
-from ln_images.model import Evidence, File, Image, Look, Outcome, Server, Verdict, Wanted
+from ln_images.model import File, Image, Look, Outcome, Verdict, Wanted
 
 # Glance accepts ids chosen by the user in this form, upper case included, and stores them as they are
 # (glance.api.v2.images, oslo_utils.uuidutils.is_uuid_like).
 _IMAGE_ID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 IN_FLIGHT = frozenset({"queued", "saving", "uploading", "importing"})
-
-# States and tasks of a server (nova.api.openstack.common, nova.compute.task_states) in which its disk may
-# be made from another image than the one it names.
-_RESTLESS = frozenset({"RESCUE", "REBUILD"})
-_RESTLESS_TASKS = ("rebuild", "unshelv", "rescu", "resize_finish")
 
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -57,7 +52,7 @@ def look(sources: Mapping[int, str], entries: Iterable[tuple[str, File]], wanted
         image_id = sources.get(entry.inode, "")
         if is_image_id(image_id) and cache_name(image_id) == name and _is_right(entry, image_id, wanted):
             settled.append(image_id)
-        elif _is_orphan(name, entry):
+        elif is_orphan(name, entry):
             orphans[entry.mark or ""] = entry
     unsettled = sorted(image_id for image_id in {*sources.values()}.difference(settled) if is_image_id(image_id))
     return Look(settled, unsettled, orphans)
@@ -104,7 +99,7 @@ def judge_files(image: Image, source: File | None, entry: File | None, wanted: W
     return Verdict(Outcome.PRESENT) if _is_right(entry, image.id, wanted) else Verdict(Outcome.REPAIRED)
 
 
-def _is_orphan(name: str, entry: File) -> bool:
+def is_orphan(name: str, entry: File) -> bool:
     """Whether an entry is a link whose image's file is gone.
 
     It bears Nova's name for an image, is a regular file with one link left, and has the mark of exactly that
@@ -112,50 +107,6 @@ def _is_orphan(name: str, entry: File) -> bool:
     """
     mark = entry.mark
     return entry.links == 1 and mark is not None and is_image_id(mark) and cache_name(mark) == name
-
-
-def judge_orphan(image_id: str, file: File, evidence: Evidence) -> Verdict:
-    """``pruned`` where nothing known can need the entry any more, else ``kept`` with the first reason.
-
-    Nova renews the ctime of every base in use at each pass of its cache manager, and the removal of Glance's
-    own name renews it, too: it tells how long nothing has used or released the entry (Nova,
-    ``nova.virt.libvirt.imagecache``). A server that is being rescued, rebuilt or unshelved may use a base
-    that its ``image`` does not name.
-    """
-    idle = evidence.now - file.changed
-    if idle < evidence.prune_after:
-        return Verdict(Outcome.KEPT, f"in use or released {age(idle)} ago, kept for {age(evidence.prune_after)}")
-    if image_id in evidence.images:
-        return Verdict(Outcome.KEPT, f"Glance has the image: status {evidence.images[image_id]}")
-    for server in evidence.servers:
-        if image_id.lower() in server.uses:
-            return Verdict(Outcome.KEPT, f"server {server.id} was built from it")
-    for server in evidence.servers:
-        if _is_restless(server):
-            state = server.task_state or server.status
-            return Verdict(Outcome.KEPT, f"server {server.id} is in {state} and may use any base")
-    if cache_name(image_id) in evidence.backed:
-        return Verdict(Outcome.KEPT, f"{evidence.backed[cache_name(image_id)]} is backed by it")
-    if evidence.unreadable:
-        return Verdict(Outcome.KEPT, f"what {evidence.unreadable} is backed by cannot be told")
-    return Verdict(Outcome.PRUNED, f"unused for {age(idle)}")
-
-
-def _is_restless(server: Server) -> bool:
-    # While a server is unshelved its task is soon "spawning", which every build has, too.
-    unshelved = server.status == "SHELVED_OFFLOADED" and server.task_state
-    return bool(server.status in _RESTLESS or unshelved or any(word in server.task_state for word in _RESTLESS_TASKS))
-
-
-def age(seconds: float) -> str:
-    """A duration in seconds as people say it, in its two largest units, as ``1 d 2 h``."""
-    parts = []
-    rest = max(0, int(seconds))
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, rest = divmod(rest, length)
-        if count:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"
 
 
 def _is_right(entry: File, image_id: str, wanted: Wanted) -> bool:

@@ -4,16 +4,17 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
-from ln_images import nova, plan
-from ln_images.disk import Disk, backing_names
+from ln_images import plan, prune
+from ln_images.disk import Disk
 from ln_images.glance import Glance
 from ln_images.keystone import Connection
-from ln_images.model import CHANGES, Evidence, File, Image, LnImagesError, Outcome, Pass, Result, Verdict, Wanted
+from ln_images.model import CHANGES, Evidence, Image, Outcome, Pass, Result, Wanted
 
 LOG = logging.getLogger(__name__)
 # Past this many ids, asking for them in groups costs more than listing every image.
@@ -35,6 +36,7 @@ class Job:
     dry_run: bool
     prune_after: float | None
     instances_dirs: tuple[str, ...]
+    uninterrupted: Callable[[], Any]
     watch: Callable[[list[Image]], AbstractContextManager[Iterable[Image]]] = contextlib.nullcontext
 
 
@@ -56,8 +58,8 @@ def run_pass(job: Job) -> Pass:
     # first looked at again.
     fault = None
     if job.prune_after is not None:
-        pruned, fault = _prune(job, look.orphans, Evidence(started_at.timestamp(), job.prune_after))
-        results += pruned
+        pruned, fault = prune.prune(job, look.orphans, Evidence(started_at.timestamp(), job.prune_after))
+        results += [_logged(job, result) for result in pruned]
     return Pass(
         started_at=started_at,
         duration=time.monotonic() - start,
@@ -71,51 +73,8 @@ def run_pass(job: Job) -> Pass:
 
 
 def _settle(job: Job, image: Image) -> Result:
-    with _uninterrupted():
+    with uninterrupted():
         verdict = plan.judge_image(image, job.wanted) or job.disk.settle(image, job.wanted, job.dry_run)
-        return _logged(job, Result(image, verdict))
-
-
-def _prune(job: Job, orphans: Mapping[str, File], evidence: Evidence) -> tuple[list[Result], LnImagesError | None]:
-    """Removes the orphans that nothing can need. Where something cannot be asked, it keeps all, and returns why."""
-    fault = None
-    try:
-        evidence = _gathered(job, orphans, evidence)
-    except LnImagesError as error:
-        fault = error
-    return [_settle_orphan(job, image_id, file, evidence, fault) for image_id, file in orphans.items()], fault
-
-
-def _gathered(job: Job, orphans: Mapping[str, File], evidence: Evidence) -> Evidence:
-    """Asks for more only while something would be pruned by what is known so far."""
-
-    def doubtful(known: Evidence) -> list[str]:
-        return [
-            image_id
-            for image_id, file in orphans.items()
-            if plan.judge_orphan(image_id, file, known).outcome is Outcome.PRUNED
-        ]
-
-    if ids := doubtful(evidence):
-        evidence = replace(evidence, images=job.glance.statuses(ids))
-    if doubtful(evidence):
-        evidence = replace(evidence, servers=nova.servers(job.connection))
-    if doubtful(evidence):
-        backed, unreadable = backing_names(job.instances_dirs)
-        evidence = replace(evidence, backed=backed, unreadable=unreadable)
-    return evidence
-
-
-def _settle_orphan(job: Job, image_id: str, file: File, evidence: Evidence, fault: LnImagesError | None) -> Result:
-    image = Image(image_id, "", evidence.images.get(image_id, ""), "", file.size)
-    verdict = plan.judge_orphan(image_id, file, evidence)
-    with _uninterrupted():
-        if verdict.outcome is Outcome.PRUNED and fault is not None:
-            verdict = Verdict(Outcome.KEPT, "it could not be asked whether anything needs it")
-        elif verdict.outcome is Outcome.PRUNED and not job.dry_run:
-            verdict = job.disk.remove(image_id, file) or verdict
-        if verdict.outcome is Outcome.KEPT and evidence.now - file.changed >= evidence.prune_after:
-            verdict = replace(verdict, reason=f"{verdict.reason}; unused for {plan.age(evidence.now - file.changed)}")
         return _logged(job, Result(image, verdict))
 
 
@@ -131,7 +90,7 @@ def _logged(job: Job, result: Result) -> Result:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Holds Ctrl-C and SIGTERM back, so that a run stops between images."""
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)

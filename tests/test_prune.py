@@ -17,9 +17,11 @@ from compute import Compute, Fault
 from compute import server as a_server
 from conftest import COMMAND, NO_OPENRC, Node, block
 from faulty import Answer, Faulty
-from ln_images.disk import MARK, Disk, backing_names
+from ln_images.disk import MARK, Disk
+from ln_images.instances import backing_names
 from ln_images.model import Evidence, File, Outcome, Server, Verdict, Wanted
-from ln_images.plan import age, cache_name, judge_orphan, look
+from ln_images.plan import cache_name, look
+from ln_images.prune import age, judge_orphan
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = "a0000000-0000-4000-8000-000000000000"
