@@ -26,9 +26,11 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "click>=8.1",
+        "inotify_simple>=1.3.5",
         "keystoneauth1>=5.1.0",
         "oslo.utils[image-inspection]>=8.0.0",
         "python-glanceclient>=4.2.0",
+        "wcwidth>=0.5",
     ],
     extras_require={
         "clouds": CLOUDS,
@@ -36,7 +38,7 @@ setup(
         "test": TEST,
         "dev": [*TEST, "mypy>=1.8", "ruff>=0.6", "types-jsonschema", "types-requests", "types-setuptools"],
     },
-    entry_points={"console_scripts": ["ln-images = ln_images.cli:main"]},
+    entry_points={"console_scripts": ["ln-images = ln_images.__main__:start"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Environment :: Console",

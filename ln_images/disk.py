@@ -1,4 +1,4 @@
-"""The two directories: lock, look, link and mend. The only module that touches files.
+"""The two directories: lock, look, link, mend, rename, remove. The only module that changes files there.
 
 Everything is done through descriptors: both directories are opened once, names are looked up relative
 to them, and what was opened and checked is exactly what is linked.
@@ -7,62 +7,32 @@ to them, and what was opened and checked is exactly what is linked.
 import contextlib
 import errno
 import fcntl
-import grp
 import logging
 import os
-import pwd
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 
 from ln_images import inspection
-from ln_images.model import AnotherRunError, ConfigurationError, File, Image, Outcome, Room, Verdict, Wanted
-from ln_images.plan import cache_name, judge_files
+from ln_images.inode import MARK, SIZE_MARK, look_at, mark, opened, project, unmarked
+from ln_images.model import (
+    UNMARKABLE,
+    AnotherRunError,
+    Base,
+    ConfigurationError,
+    File,
+    Image,
+    Options,
+    Outcome,
+    Verdict,
+)
+from ln_images.plan import DOWNLOADS, RAW_COPY, cache_name, is_downloading, judge_files
 
 LOG = logging.getLogger(__name__)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-# O_NOFOLLOW: a symbolic link is an error. O_NONBLOCK: a FIFO does not hold the run up.
-_SOURCE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-# The mark on each inode that was linked: a SHA-1 cannot be turned back into an id.
-MARK = "user.ln_images.image_id"
-_NO_MARKS = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP})
-_NO_ID = 2**32 - 1
-
-
-def owner_ids(owner: str) -> tuple[int, int]:
-    """The uid and gid that ``USER[:GROUP]`` stands for, names or numbers, as chown(1) reads it.
-
-    Raises ConfigurationError for a user or group that does not exist.
-    """
-    user, _, group = owner.partition(":")
-    try:
-        entry = pwd.getpwnam(user)
-    except (KeyError, ValueError):
-        uid = _number(user)
-        if uid is None:
-            raise ConfigurationError(
-                f"--owner: there is no user {user!r} here: install QEMU, or name the user it runs as, or its number"
-            ) from None
-        if not group:
-            raise ConfigurationError(f"--owner: {user} is a number: say which group, as {user}:GROUP") from None
-    else:
-        uid = entry.pw_uid
-        if not group:
-            return uid, entry.pw_gid
-    try:
-        return uid, grp.getgrnam(group).gr_gid
-    except (KeyError, ValueError):
-        gid = _number(group)
-        if gid is None:
-            raise ConfigurationError(
-                f"--owner: there is no group {group!r} here: name another, or its number"
-            ) from None
-        return uid, gid
-
-
-def _number(text: str) -> int | None:
-    if text.isascii() and text.isdigit() and len(text) <= len(str(_NO_ID)) and int(text) < _NO_ID:
-        return int(text)
-    return None
+RETIRED = ".retired"
+# linux/fs.h
+_RENAME_NOREPLACE = 1
 
 
 class Disk:
@@ -85,194 +55,247 @@ class Disk:
                     f"{images_dir} and {cache_dir} are on two file systems or two mounts of one, which no hard"
                     " link can cross: put both on one, under one mount point"
                 )
-            self.marks = _bears_marks(self._cache)
-            if not self.marks:
-                LOG.debug("%s has no extended attributes: links get no mark", cache_dir)
             self._opened = opened.pop_all()
 
     def __enter__(self) -> "Disk":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes both directories."""
         self._opened.close()
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the cache directory's lock. Raises AnotherRunError where another run holds it.
+    def locked(self, seconds: float = 0) -> Iterator[None]:
+        """Holds the cache directory's lock. Raises AnotherRunError where another run holds it for ``seconds``.
 
         It is an flock(2) on the directory itself: no lock file in ``_base``, and nothing stale after a crash.
         """
-        try:
-            fcntl.flock(self._cache, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AnotherRunError(f"another run holds the lock on {self._cache_dir}: let it finish") from None
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(self._cache, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise AnotherRunError(f"another run holds the lock on {self._cache_dir}: let it finish") from None
+                time.sleep(0.05)
         try:
             yield
         finally:
             fcntl.flock(self._cache, fcntl.LOCK_UN)
 
-    def sources(self) -> dict[int, str]:
-        """The names in Glance's store, by inode."""
+    def sources(self) -> dict[int, list[str]]:
+        """The names in Glance's store, by inode as the directory gives it."""
+        found: dict[int, list[str]] = {}
         with os.scandir(self._images) as names:
-            return {name.inode(): name.name for name in names}
+            for name in names:
+                found.setdefault(name.inode(), []).append(name.name)
+        return found
 
-    def entries(self) -> Iterator[tuple[str, File]]:
-        """The names in the cache and what each stands for, one by one: there may be very many."""
+    def source(self, image_id: str) -> File | None:
+        """What has an image's name in the store."""
+        try:
+            return unmarked(os.stat(image_id, dir_fd=self._images, follow_symlinks=False))
+        except FileNotFoundError:
+            return None
+
+    def entries(self, before: Mapping[str, File]) -> Iterator[tuple[str, File | str]]:
+        """The names in the cache and what each stands for, one by one: there may be very many.
+
+        One that cannot be looked at comes with the reason instead. The marks of one that has the inode and the
+        ctime that it had ``before`` are not read again.
+        """
         with os.scandir(self._cache) as names:
             for name in names:
                 try:
-                    yield name.name, self._entry(name.name, name.stat(follow_symlinks=False))
+                    status = name.stat(follow_symlinks=False)
+                    known = before.get(name.name)
+                    if known is not None and (known.inode, known.changed) == (status.st_ino, status.st_ctime):
+                        yield name.name, known
+                    else:
+                        yield name.name, look_at(self._cache, name.name, status)
                 except FileNotFoundError:
                     continue
+                except OSError as error:
+                    yield name.name, error.strerror or str(error)
 
-    def room(self) -> Room:
-        """The room on the file system of both directories."""
-        status = os.fstatvfs(self._cache)
-        return Room(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize, status.f_favail)
-
-    def remove(self, image_id: str, orphan: File) -> Verdict | None:
-        """Removes the cache entry of a deleted image, if it is still exactly what was found.
-
-        Returns None when it is gone, else why it is not.
-        """
-        name = cache_name(image_id)
+    def entry(self, name: str) -> File | None:
+        """What has a name in the cache."""
         try:
-            if self._look(self._cache, name) != orphan:
-                return Verdict(Outcome.KEPT, "it has changed since it was looked at")
-            os.unlink(name, dir_fd=self._cache)
-        except OSError as error:
-            return Verdict(Outcome.FAILED, error.strerror or str(error))
-        return None
+            status = os.stat(name, dir_fd=self._cache, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return look_at(self._cache, name, status)
 
-    def settle(self, image: Image, wanted: Wanted, dry_run: bool) -> Verdict:
-        """Gives one finished image what it needs, or with ``dry_run`` says what that would be.
+    def room(self) -> tuple[int, int, int]:
+        """The size of both directories' file system, what is free there, in bytes, and the free inodes."""
+        status = os.fstatvfs(self._cache)
+        return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize, status.f_favail
+
+    def directory(self) -> tuple[int, int]:
+        """The uid and gid that own the cache directory."""
+        status = os.fstat(self._cache)
+        return status.st_uid, status.st_gid
+
+    def settle(self, image: Image, options: Options) -> Verdict:
+        """Gives one finished image what it needs, or in a dry run says what that would be.
 
         ``image`` is one on which :func:`ln_images.plan.judge_image` left the decision open. A fault of
-        the operating system is the image's ``failed`` verdict.
+        the operating system is the image's ``failed`` verdict. Raises ConfigurationError where no image at all can
+        be linked.
         """
         try:
-            verdict = self._judge(image, self._look(self._images, image.id), wanted)
+            verdict = self._judge(image, self.source(image.id), options)
             if verdict.outcome not in (Outcome.LINKED, Outcome.REPAIRED):
                 return verdict
-            with self._source(image.id) as source:
+            with self.opened(image.id) as source:
                 # Its name may have changed hands since the look: what counts is what was opened.
-                verdict = self._judge(image, _file(os.fstat(source)) if source is not None else None, wanted)
+                verdict = self._judge(image, unmarked(os.fstat(source)) if source is not None else None, options)
                 if source is None or verdict.outcome not in (Outcome.LINKED, Outcome.REPAIRED):
                     return verdict
                 if verdict.outcome is Outcome.LINKED:
+                    self._refuse_quota(source)
                     objection = inspection.objection(source, image.disk_format)
                     if objection:
                         return Verdict(Outcome.REFUSED, objection)
-                if not dry_run:
-                    self._mend(source, image.id, wanted)
+                if not options.dry_run:
+                    self._mend(source, image, options)
                     if verdict.outcome is Outcome.LINKED:
-                        return self._link(source, image, wanted)
+                        return self._link(source, image, options)
                 return verdict
         except OSError as error:
-            return Verdict(Outcome.FAILED, error.strerror or str(error))
+            return failure(error)
 
-    def _judge(self, image: Image, source: File | None, wanted: Wanted) -> Verdict:
-        return judge_files(image, source, self._look(self._cache, cache_name(image.id)), wanted)
+    def move(self, base: Base, retired: bool) -> Verdict | None:
+        """Gives a base the name of a retired one, or its own back; None where that is done, else why it is not.
 
-    def _look(self, directory: int, name: str) -> File | None:
+        It must still be exactly what was judged, and nothing is replaced.
+        """
+        old, new = (base.name, base.name + RETIRED) if retired else (base.name + RETIRED, base.name)
         try:
-            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        return self._entry(name, status) if directory == self._cache else _file(status)
+            if self.entry(old) != base.file:
+                return Verdict(Outcome.KEPT, "it has changed since it was looked at")
+            self._rename(old, new)
+        except FileExistsError:
+            return Verdict(Outcome.KEPT, f"another file has the name {new}: keep the one that servers need")
+        except OSError as error:
+            return failure(error)
+        return None
 
-    def _entry(self, name: str, status: os.stat_result) -> File:
-        """A cache entry with its mark."""
-        return _file(status, _mark(f"/proc/self/fd/{self._cache}/{name}") if stat.S_ISREG(status.st_mode) else None)
+    def remove(self, base: Base) -> Verdict | None:
+        """Removes a retired base; None where that is done, else why it is not."""
+        try:
+            if not base.retired or self.entry(base.name + RETIRED) != base.file:
+                return Verdict(Outcome.KEPT, "it has changed since it was looked at")
+            os.unlink(base.name + RETIRED, dir_fd=self._cache)
+        except OSError as error:
+            return failure(error)
+        return None
 
     @contextlib.contextmanager
-    def _source(self, image_id: str) -> Iterator[int | None]:
-        """Glance's file, open, or None where it has vanished."""
-        try:
-            descriptor = os.open(image_id, _SOURCE, dir_fd=self._images)
-        except FileNotFoundError:
-            yield None
-            return
-        with _closing(descriptor):
-            yield descriptor
+    def opened(self, image_id: str) -> Iterator[int | None]:
+        """Glance's file, open for reading, or None where there is none any more."""
+        with contextlib.ExitStack() as stack:
+            try:
+                source = stack.enter_context(opened(image_id, self._images))
+            except FileNotFoundError:
+                source = None
+            yield source
 
-    def _mend(self, source: int, image_id: str, wanted: Wanted) -> None:
-        """Owner, mode and mark of the open inode, each only where it differs."""
+    def _judge(self, image: Image, source: File | None, options: Options) -> Verdict:
+        name = cache_name(image.id)
+        verdict = judge_files(image, source, self.entry(name), options)
+        if verdict.outcome is Outcome.LINKED and self._is_downloaded(name):
+            return Verdict(Outcome.WAITING, "Nova is downloading it")
+        if verdict.outcome is Outcome.OCCUPIED and image.disk_format == "qcow2" and self._is_raw(name):
+            return Verdict(Outcome.OCCUPIED, RAW_COPY)
+        return verdict
+
+    def _is_downloaded(self, name: str) -> bool:
+        beside = (self.entry(name + suffix) for suffix in DOWNLOADS)
+        return any(file is not None and is_downloading(file, time.time()) for file in beside)
+
+    def _is_raw(self, name: str) -> bool:
+        """Whether a cache entry is a regular file and no qcow2."""
+        with opened(name, self._cache) as descriptor:
+            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            return is_file and os.pread(descriptor, 4, 0) != inspection.QCOW2
+
+    def _refuse_quota(self, source: int) -> None:
+        """Says that a project quota keeps every link out, before anything is changed (xfs(5), ext4(5): EXDEV)."""
+        number, inherited = project(self._cache)
+        if inherited and project(source)[0] != number:
+            raise ConfigurationError(
+                f"{self._cache_dir} is under a project quota (project {number}) that the images are not under, and"
+                " no hard link enters it: put both directories under one project, or none"
+            )
+
+    def _mend(self, source: int, image: Image, options: Options) -> None:
+        """Owner, mode and marks of the open inode, each only where it differs."""
         status = os.fstat(source)
-        if (status.st_uid, status.st_gid) != (wanted.uid, wanted.gid):
-            os.fchown(source, wanted.uid, wanted.gid)
+        if (status.st_uid, status.st_gid) != options.owner:
+            os.fchown(source, *options.owner)
         # After the owner, since a change of owner takes bits of the mode away.
-        if stat.S_IMODE(os.fstat(source).st_mode) != wanted.mode:
-            os.fchmod(source, wanted.mode)
-        if wanted.marks and _mark(source) != image_id:
-            os.setxattr(source, MARK, image_id.encode())
+        if stat.S_IMODE(os.fstat(source).st_mode) != options.mode:
+            os.fchmod(source, options.mode)
+        for kind, value in ((MARK, image.id), (SIZE_MARK, str(status.st_size))):
+            if mark(source, kind) not in (value, UNMARKABLE):
+                os.setxattr(source, kind, value.encode())
 
-    def _link(self, source: int, image: Image, wanted: Wanted) -> Verdict:
+    def _link(self, source: int, image: Image, options: Options) -> Verdict:
         """Gives the open inode its cache name. Nothing is ever replaced: the kernel refuses a name that is taken."""
         try:
             os.link(f"/proc/self/fd/{source}", cache_name(image.id), dst_dir_fd=self._cache, follow_symlinks=True)
         except FileExistsError:
-            return self._judge(image, _file(os.fstat(source)), wanted)
+            return self._judge(image, unmarked(os.fstat(source)), options)
         except FileNotFoundError:
             if os.fstat(source).st_nlink:
                 raise
-            return self._judge(image, None, wanted)
+            return self._judge(image, None, options)
         return Verdict(Outcome.LINKED)
 
+    def _rename(self, old: str, new: str) -> None:
+        """Renames in the cache. Raises FileExistsError where the new name is another file's.
 
-@contextlib.contextmanager
-def _closing(descriptor: int) -> Iterator[int]:
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        NFS and CephFS know no rename that replaces nothing (EINVAL): there it is a link and an unlink, and a crash
+        between the two leaves both names, which the next call mends.
+        """
+        import ctypes
+
+        # Python's own rename replaces what has the new name.
+        libc = ctypes.CDLL(None, use_errno=True)
+        if not libc.renameat2(self._cache, old.encode(), self._cache, new.encode(), _RENAME_NOREPLACE):
+            return
+        fault = ctypes.get_errno()
+        if fault not in (errno.EINVAL, errno.ENOSYS, errno.EEXIST):
+            raise OSError(fault, os.strerror(fault))
+        try:
+            os.link(old, new, src_dir_fd=self._cache, dst_dir_fd=self._cache, follow_symlinks=False)
+        except FileExistsError:
+            here, there = (os.stat(name, dir_fd=self._cache, follow_symlinks=False) for name in (old, new))
+            if not os.path.samestat(here, there):
+                raise
+        os.unlink(old, dir_fd=self._cache)
+
+
+def failure(error: OSError) -> Verdict:
+    """An image's ``failed`` verdict for a fault of the operating system, with the mend where it is known."""
+    mend = ": run it as root" if error.errno in (errno.EPERM, errno.EACCES) and os.geteuid() != 0 else ""
+    return Verdict(Outcome.FAILED, f"{error.strerror or error}{mend}")
 
 
 def _open_directory(option: str, path: str) -> int:
     try:
         return os.open(path, _DIRECTORY)
     except OSError as error:
-        raise ConfigurationError(f"{option} {path}: {error.strerror}: create it, or name another") from None
+        mend = "create it, or name another"
+        if isinstance(error, FileNotFoundError):
+            mend = f"is its file system mounted? Else {mend}"
+        elif isinstance(error, PermissionError) and os.geteuid() != 0:
+            mend = "run it as root"
+        raise ConfigurationError(f"{option} {path}: {error.strerror}: {mend}") from None
 
 
 def _mount(descriptor: int) -> str:
     """The id of the mount that a descriptor was opened through (proc_pid_fdinfo(5))."""
     with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
         return next(line for line in lines if line.startswith("mnt_id:"))
-
-
-def _bears_marks(directory: int) -> bool:
-    """Whether the file system knows user extended attributes (xattr(7))."""
-    try:
-        os.getxattr(directory, MARK)
-    except OSError as error:
-        return error.errno not in _NO_MARKS
-    return True
-
-
-def _mark(file: int | str) -> str | None:
-    try:
-        return os.getxattr(file, MARK).decode("ascii", "replace")
-    except OSError as error:
-        if error.errno in _NO_MARKS | {errno.ENODATA, errno.ENOENT}:
-            return None
-        raise
-
-
-def _file(status: os.stat_result, mark: str | None = None) -> File:
-    # Fields by place: by name it takes twice as long, for each entry of each pass.
-    return File(
-        status.st_dev,
-        status.st_ino,
-        status.st_mode,
-        status.st_nlink,
-        status.st_uid,
-        status.st_gid,
-        status.st_size,
-        status.st_ctime,
-        mark,
-    )

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ln_images.keystone import Connection, asking
@@ -15,6 +15,8 @@ LOG = logging.getLogger(__name__)
 PAGE_SIZE = 1000
 # About 2 KB of a request line, for which every server and proxy has room.
 IDS_A_REQUEST = 50
+# The property without which Nova verifies nothing (nova.image.glance, cursive.signature_utils).
+_SIGNATURE = "img_signature"
 
 
 class Glance:
@@ -22,7 +24,7 @@ class Glance:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._client: Any = None
+        self._known: Any = None
 
     def images(self, ids: Sequence[str] | None = None) -> list[Image]:
         """Every image that the credential can see, or those of ``ids`` and those in flight; always whole.
@@ -30,76 +32,96 @@ class Glance:
         A page that fails raises: ConfigurationError where the credential is refused or there is no image
         service, TemporaryError where the cloud cannot be reached or answers badly.
         """
-        client = self._glance()
-        with asking("Glance", self._connection.seconds):
-            # Without visibility=all, other projects' community images are left out, and hidden ones are
-            # only ever listed by themselves.
-            if ids is None:
-                return list((_listed(client) | _listed(client, os_hidden="true")).values())
-            found = _listed(client, status=f"in:{','.join(sorted(IN_FLIGHT))}")
-            found |= _listed_by_id(client, ids)
-        return list(found.values())
+        if ids is not None:
+            return list((self._listed(status=f"in:{','.join(sorted(IN_FLIGHT))}") | self._by_id(ids)).values())
+        # Without visibility=all, other projects' community images are left out, and hidden ones are
+        # only ever listed by themselves.
+        return list((self._listed() | self._listed(os_hidden="true")).values())
 
-    def statuses(self, ids: Sequence[str]) -> dict[str, str]:
-        """Glance's status of each of ``ids`` that it knows. The others are in no listing, and 404 when asked for.
+    def images_of(self, ids: Sequence[str]) -> list[Image]:
+        """Those of ``ids`` that the credential can see. Raises as :meth:`images` does."""
+        return list(self._by_id(ids).values())
 
-        Both must say so: some images are in no listing, and a gateway that is ill answers 404, too.
+    def has_active(self) -> bool:
+        """Whether the credential can see an active image with content. Raises as :meth:`images` does."""
+        return bool(self._listed(at_most=1, status="active", size_min="1"))
 
-        Raises ConfigurationError without an administrator's token, to which alone 404 means that the image
-        is gone; otherwise as :meth:`images` does.
+    def is_gone(self, image_id: str) -> bool:
+        """Whether Glance, asked for one image by itself, says that there is none.
+
+        That alone is no proof: to others than an administrator 404 means less, and a gateway that is ill says it, too.
+        Raises as :meth:`images` does.
         """
         from glanceclient import exc
 
-        client = self._glance()
-        with asking("Keystone", self._connection.seconds):
-            administrator = self._connection.is_administrator()
-        if not administrator:
-            raise ConfigurationError("--prune needs a credential with the role admin: nothing was pruned")
-        with asking("Glance", self._connection.seconds):
-            known = {image.id: image.status for image in _listed_by_id(client, ids).values()}
-            for image_id in set(ids) - known.keys():
-                with contextlib.suppress(exc.HTTPNotFound):
-                    known[image_id] = image_of(client.images.get(image_id)).status
-        return known
+        images = self._images()
+        with asking("Glance", self._connection.seconds), contextlib.suppress(exc.HTTPNotFound):
+            images.get(image_id)
+            return False
+        return True
 
-    def _glance(self) -> Any:
-        from glanceclient.v2.client import Client
+    def _by_id(self, ids: Sequence[str]) -> dict[str, Image]:
+        found: dict[str, Image] = {}
+        for start in range(0, len(ids), IDS_A_REQUEST):
+            group = ids[start : start + IDS_A_REQUEST]
+            found |= self._listed(id=f"in:{','.join(group)}")
+            hidden = [image_id for image_id in group if image_id not in found]
+            if hidden:
+                found |= self._listed(id=f"in:{','.join(hidden)}", os_hidden="true")
+        return found
 
-        if self._client is not None:
-            return self._client
-        with asking("Keystone", self._connection.seconds):
-            endpoint = self._connection.session.get_endpoint(**self._connection.endpoint("image"))
-            if not self._connection.is_administrator():
-                LOG.warning("the credential has no admin role: other projects' private images are not seen")
-        if endpoint is None:
-            raise ConfigurationError("the token names no image service: check OS_PROJECT_NAME and OS_REGION_NAME")
-        # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version already.
-        unversioned = re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint)
-        self._client = Client(
-            session=self._connection.session, endpoint_override=unversioned, **self._connection.endpoint("image")
-        )
-        return self._client
+    def _listed(self, at_most: int | None = None, **filters: str) -> dict[str, Image]:
+        images = self._images()
+        found: dict[str, Image] = {}
+        with asking("Glance", self._connection.seconds) as begin:
+            images.http_client.begin = begin
+            query = {"visibility": "all"} | filters
+            for document in images.list(page_size=at_most or PAGE_SIZE, limit=at_most, filters=query):
+                image = image_of(document)
+                if image.id in found:
+                    raise TemporaryError(f"Glance lists image {image.id} twice in one listing: its paging is broken")
+                found[image.id] = image
+        return found
+
+    def _images(self) -> Any:
+        """Glanceclient's images, behind a look at each page."""
+        if self._known is None:
+            with asking("Keystone", self._connection.seconds):
+                connection = self._connection
+                chosen: dict[str, Any] = {"region_name": connection.region, "interface": connection.interface}
+                endpoint = connection.session.get_endpoint(service_type="image", **chosen)
+                if not connection.is_administrator():
+                    LOG.warning("the credential has no admin role: other projects' private images are not seen")
+            if endpoint is None:
+                raise ConfigurationError("the token names no image service: check OS_PROJECT_NAME and OS_REGION_NAME")
+            # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version already.
+            unversioned = re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint)
+            self._known = _images(connection.session, endpoint_override=unversioned, **chosen)
+        return self._known
 
 
-def _listed(client: Any, **filters: str) -> dict[str, Image]:
-    found: dict[str, Image] = {}
-    for document in client.images.list(page_size=PAGE_SIZE, filters={"visibility": "all"} | filters):
-        image = image_of(document)
-        if image.id in found:
-            raise TemporaryError(f"Glance lists image {image.id} twice in one listing: its paging is broken")
-        found[image.id] = image
-    return found
+def _images(session: Any, **chosen: Any) -> Any:
+    from glanceclient.common.http import SessionClient
+    from glanceclient.v2.images import Controller
+    from glanceclient.v2.schemas import Controller as Schemas
 
+    class Pages(SessionClient):  # type: ignore[misc]
+        """Each page has its own time. One that is no list of images, or brings nothing but a next one, is broken."""
 
-def _listed_by_id(client: Any, ids: Sequence[str]) -> dict[str, Image]:
-    found: dict[str, Image] = {}
-    for start in range(0, len(ids), IDS_A_REQUEST):
-        group = ids[start : start + IDS_A_REQUEST]
-        found |= _listed(client, id=f"in:{','.join(group)}")
-        hidden = [image_id for image_id in group if image_id not in found]
-        if hidden:
-            found |= _listed(client, id=f"in:{','.join(hidden)}", os_hidden="true")
-    return found
+        begin: Callable[[], None] = staticmethod(lambda: None)
+
+        def get(self, url: str, **kwargs: Any) -> tuple[Any, Any]:
+            self.begin()
+            answer, body = super().get(url, **kwargs)
+            if url.startswith("/v2/images?"):
+                if not isinstance(body, dict) or not isinstance(body.get("images"), list):
+                    raise TemporaryError("Glance answers with something that is no list of images: look at its log")
+                if body.get("next") and not body["images"]:
+                    raise TemporaryError("Glance lists a page that brings nothing: its paging is broken")
+            return answer, body
+
+    client = Pages(session, **chosen)
+    return Controller(client, Schemas(client))
 
 
 def image_of(document: Mapping[str, Any]) -> Image:
@@ -123,4 +145,6 @@ def image_of(document: Mapping[str, Any]) -> Image:
         disk_format=text("disk_format"),
         size=size if type(size) is int and size >= 0 else None,
         importing_to=text("os_glance_importing_to_stores"),
+        checksum=(text("os_hash_algo"), text("os_hash_value")),
+        signed=_SIGNATURE in document,
     )

@@ -1,66 +1,93 @@
-"""Instance disks -> the bases they are backed by."""
+"""Instance disks -> the bases they are backed by; what the clients of an NFS server hold open."""
 
-import contextlib
 import os
 import re
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-# O_NOFOLLOW: a symbolic link is an error. O_NONBLOCK: a FIFO does not hold the run up.
-_SOURCE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_QCOW2 = b"QFI\xfb"
+from ln_images.inode import opened
+from ln_images.inspection import QCOW2
+from ln_images.model import ConfigurationError
+
 # The longest name that QEMU allows.
 _BACKING_NAME = 1023
+_SERVER_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_NFS_CLIENTS = "/proc/fs/nfsd/clients"
+_OPEN = re.compile(r"superblock: \"[0-9a-f]+:[0-9a-f]+:(\d+)\"")
 
 
-def backing_names(directories: Iterable[str]) -> tuple[dict[str, str], str]:
-    """What the disks below Nova's instance directories are backed by: ``<directory>/<server>/disk*``.
+@dataclass
+class Disks:
+    """What the disks below Nova's instance directories say.
 
-    Returns the path of a disk by each cache name that its qcow2 header names, and the path of one of which
-    that cannot be told, or nothing. Symbolic links are not followed, and cannot be told.
+    ``backed`` has the path of a disk by each cache name that its header names; ``servers`` are the ids of those
+    whose disks were all read. ``doubt`` is why something may be backed by any base, or nothing.
     """
-    backed: dict[str, str] = {}
-    doubtful: list[str] = []
+
+    backed: dict[str, str] = field(default_factory=dict)
+    servers: set[str] = field(default_factory=set)
+    doubt: str = ""
+
+
+def read_disks(directories: Iterable[str]) -> Disks:
+    """Reads the disks of every server, ``<directory>/<server>/disk*``. A symbolic link is not followed but a doubt."""
+    disks = Disks()
     for directory in directories:
+        seen = False
         errors: list[OSError] = []
         for number, (path, servers, files, descriptor) in enumerate(os.fwalk(directory, onerror=errors.append)):
             if number == 0:
-                doubtful += [f"{path}/{name}" for name in servers if _is_link(descriptor, name)]
+                for name in servers:
+                    if _is_link(descriptor, name):
+                        disks.doubt = f"what {path}/{name} is backed by cannot be told"
                 continue
             servers.clear()
-            for name in files:
-                if name.startswith("disk"):
-                    try:
-                        backed |= dict.fromkeys(_backed_by(descriptor, name), f"{path}/{name}")
-                    except FileNotFoundError:
-                        continue
-                    except (OSError, ValueError):
-                        doubtful.append(f"{path}/{name}")
-        doubtful += [f"{directory}/{error.filename}" for error in errors]
-    return backed, next(iter(doubtful), "")
+            found = [name for name in files if name.startswith("disk")]
+            server = os.path.basename(path)
+            seen = seen or bool(found) or _SERVER_ID.fullmatch(server) is not None
+            unread = [name for name in found if not _read_disk(descriptor, path, name, disks)]
+            if unread:
+                disks.doubt = f"what {path}/{unread[0]} is backed by cannot be told"
+            elif found:
+                disks.servers.add(server)
+        if errors:
+            disks.doubt = f"{directory}/{errors[0].filename} cannot be read: {errors[0].strerror}"
+        elif not seen:
+            disks.doubt = f"--instances-dir {directory} has no directory of a server: mount its file system"
+    return disks
 
 
 def _is_link(directory: int, name: str) -> bool:
     return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
 
 
-def _backed_by(directory: int, disk: str) -> list[str]:
-    """The cache names in the backing file of a disk; none for what QEMU cannot have as a disk, such as a FIFO."""
-    mode = os.stat(disk, dir_fd=directory, follow_symlinks=False).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
-        return []
-    with _closing(os.open(disk, _SOURCE, dir_fd=directory)) as descriptor:
-        return re.findall(r"[0-9a-f]{40}", backing_file(descriptor).decode("latin-1"))
+def _read_disk(directory: int, path: str, name: str, disks: Disks) -> bool:
+    """Notes the cache names in the backing file of a disk; whether they could be told.
+
+    What QEMU cannot have as a disk, such as a FIFO, has none.
+    """
+    try:
+        mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISLNK(mode):
+            with opened(name, directory) as descriptor:
+                names = re.findall(r"[0-9a-f]{40}", _backing_file(descriptor).decode("latin-1"))
+            disks.backed |= dict.fromkeys(names, f"{path}/{name}")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError):
+        return False
+    return True
 
 
-def backing_file(descriptor: int) -> bytes:
+def _backing_file(descriptor: int) -> bytes:
     """What a qcow2 disk names as its backing file; nothing where it has none, or is no qcow2 disk.
 
     Raises ValueError where the header is cut short or says what cannot be (QEMU, ``docs/interop/qcow2.txt``).
     """
     header = os.pread(descriptor, 20, 0)
-    if not header.startswith(_QCOW2):
+    if not header.startswith(QCOW2):
         return b""
     if len(header) < 20:
         raise ValueError("the header is cut short")
@@ -73,9 +100,27 @@ def backing_file(descriptor: int) -> bytes:
     return name
 
 
-@contextlib.contextmanager
-def _closing(descriptor: int) -> Iterator[int]:
+def open_inodes(clients: str = _NFS_CLIENTS) -> frozenset[int]:
+    """The inodes that clients of this machine's kernel NFS server hold open; none where it serves none.
+
+    It lists them by device and inode since Linux 5.3 (fs/nfsd/nfs4state.c). On btrfs the device there is not
+    ``st_dev``, so only the inode counts: one of another file system keeps a base that it need not.
+
+    Raises ConfigurationError where there is such a server and this cannot be told.
+    """
+    found: set[int] = set()
+    path = clients
     try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        for client in os.listdir(clients):
+            path = f"{clients}/{client}/states"
+            try:
+                with open(path, encoding="utf-8", errors="replace") as states:
+                    found.update(int(inode) for inode in _OPEN.findall(states.read()))
+            except FileNotFoundError:
+                # The client has gone meanwhile.
+                continue
+    except FileNotFoundError:
+        return frozenset()
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}: what NFS clients hold open cannot be told") from None
+    return frozenset(found)

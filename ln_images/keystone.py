@@ -5,8 +5,7 @@ import os
 import re
 import signal
 import urllib.parse
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ln_images import __version__
@@ -16,36 +15,33 @@ if TYPE_CHECKING:
     from keystoneauth1.loading import BaseLoader, Opt
     from keystoneauth1.plugin import BaseAuthPlugin
     from keystoneauth1.session import Session
+    from requests.adapters import HTTPAdapter
 
 _LINE = 200
-# A service that is asked for one thing may take as long as so many requests that time out.
-_REQUESTS = 20
+# Several requests may make one question, such as the search for Keystone's version before the token.
+_REQUESTS = 2
+_BODY_BYTES = 64 * 1024 * 1024
+_BUSY = (429, 503)
+_PLAIN_HTTP = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|record layer failure|wrong version number")
 _MEND = "`source admin-openrc` first, or give --os-cloud"
 # An application credential carries its scope; Keystone refuses one that is given beside it.
 _SCOPE = re.compile(r"system_scope|trust_id|(project|domain|project_domain)_(id|name)")
 
 
-@dataclass(frozen=True)
 class Connection:
     """An authenticated session, and what chooses the endpoints from its catalog.
 
     ``region`` and ``interface`` are as ``OS_REGION_NAME`` and ``OS_INTERFACE``. ``timeout`` is in seconds, for one
-    request.
+    request; a question to a service may take ``seconds``.
     """
 
-    session: "Session"
-    region: str | None
-    interface: str | list[str] | None
-    timeout: float
-
-    @property
-    def seconds(self) -> float:
-        """How long a service may take for one question."""
-        return _REQUESTS * self.timeout
-
-    def endpoint(self, service_type: str) -> dict[str, Any]:
-        """What chooses the endpoint of a service."""
-        return {"service_type": service_type, "region_name": self.region, "interface": self.interface}
+    def __init__(
+        self, session: "Session", region: str | None, interface: str | list[str] | None, timeout: float
+    ) -> None:
+        for scheme in ("http://", "https://"):
+            session.session.mount(scheme, _bounded())
+        self.session, self.region, self.interface = session, region, interface
+        self.seconds = _REQUESTS * timeout
 
     def is_administrator(self) -> bool:
         """Glance shows every project's images only to the role ``admin`` (its default policy)."""
@@ -101,7 +97,8 @@ def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
     try:
         loader: BaseLoader[BaseAuthPlugin] = loading.get_plugin_loader(auth_type)
     except exceptions.NoMatchingPlugin:
-        raise ConfigurationError(f"OS_AUTH_TYPE={auth_type} is no auth plugin known here: {_MEND}") from None
+        known = ", ".join(sorted(loading.get_available_plugin_names()))
+        raise ConfigurationError(f"OS_AUTH_TYPE={auth_type} is no auth plugin known here: use one of {known}") from None
     scoped = auth_type == "v3applicationcredential"
 
     def value(option: "Opt") -> Any:
@@ -163,24 +160,27 @@ def _file(given: Mapping[str, str], variable: str) -> str | None:
 
 
 @contextlib.contextmanager
-def asking(service: str, seconds: float) -> Iterator[None]:
+def asking(service: str, seconds: float) -> Iterator[Callable[[], None]]:
     """Turns whatever goes wrong while a service is asked into one of our errors, and ends what takes too long.
 
-    The libraries let more through than their own exceptions: bare ``Exception``, ``OSError`` of requests, and
-    ``KeyError`` or ``TypeError`` from answers of another shape. Some servers are never done: glanceclient follows
-    ``next`` for ever, a body may come byte by byte, and keystoneauth1 5.18.1 waits for itself where a search for
-    Keystone's versions is answered with 401.
+    Gives a function that begins the time anew, for the next question of a series. The libraries let more through than
+    their own exceptions: bare ``Exception``, ``OSError`` of requests, and ``KeyError`` or ``TypeError`` from answers
+    of another shape. And some servers are never done: a body may come byte by byte, and keystoneauth1 5.18.1 waits for
+    itself where a search for Keystone's versions is answered with 401.
     """
 
     def late(*_: object) -> None:
-        raise TemporaryError(f"{service} has not answered whole within {seconds:.0f} s: give a longer --timeout")
+        raise TemporaryError(f"{service} has not answered whole within {seconds:g} s: look at its log and the network")
+
+    def begin() -> None:
+        # Again every second, should a library swallow the first.
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)
 
     before = signal.signal(signal.SIGALRM, late)
-    # Again every second, should a library swallow the first.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
-        yield
-    except (ConfigurationError, TemporaryError):
+        begin()
+        yield begin
+    except LnImagesError:
         raise
     except Exception as error:
         raise _translated(service, error) from None
@@ -204,11 +204,15 @@ def _translated(service: str, error: Exception) -> LnImagesError:
             " OS_INTERFACE"
         )
     if isinstance(error, exceptions.SSLError) or isinstance(error.__context__, exceptions.SSLError):
+        if _PLAIN_HTTP.search(str(error)):
+            return ConfigurationError(f"{service} speaks http, not https: correct OS_AUTH_URL or the catalog")
         return ConfigurationError(f"{service}: {_line(error)}: set OS_CACERT to the CA that signed it")
     if service == "Keystone" and type(error) is Exception:
         return ConfigurationError(
             "the credentials lack something, such as a password: check clouds.yaml or your openrc"
         )
+    if isinstance(error, (_BusyError, _TooMuchError)):
+        return TemporaryError(f"{service} cannot be asked: {error}: look at its log, the next pass asks again")
     told = (exceptions.ConnectFailure, exceptions.ConnectTimeout, exceptions.DiscoveryFailure)
     if isinstance(error, (*told, exc.CommunicationError, exc.InvalidEndpoint)):
         said = f"{said}: {_line(error)}"
@@ -216,6 +220,39 @@ def _translated(service: str, error: Exception) -> LnImagesError:
 
 
 def _line(error: Exception) -> str:
-    """What an exception says, as one line without the password that a URL may hold."""
+    """What an exception says, as one line without the password that a URL may hold; of a long one, the cause."""
     text = re.sub(r"//[^/]*@", "//", " ".join(str(error).split())).rstrip(".")
+    causes = re.findall(r"\[Errno -?\d+\] ([^\[\]'\"()]+)", text)
+    if causes:
+        return str(causes[-1])
     return text if len(text) <= _LINE else f"{text[:_LINE]}..."
+
+
+def _bounded() -> "HTTPAdapter":
+    """What carries requests and reads no more of an answer than fits into memory, unpacked."""
+    from keystoneauth1.session import TCPKeepAliveAdapter
+
+    class Bounded(TCPKeepAliveAdapter):
+        def send(self, *args: Any, **kwargs: Any) -> Any:
+            answer = super().send(*args, **kwargs)
+            if answer.status_code in _BUSY:
+                wait = answer.headers.get("Retry-After", "")
+                hint = f", it asks to wait {wait} s" if wait.isascii() and wait.isdecimal() else ""
+                raise _BusyError(f"HTTP {answer.status_code}{hint}")
+            body = bytearray()
+            for chunk in answer.iter_content(65536):
+                body += chunk
+                if len(body) > _BODY_BYTES:
+                    raise _TooMuchError(f"an answer of more than {_BODY_BYTES >> 20} MiB")
+            answer._content = bytes(body)
+            return answer
+
+    return Bounded()
+
+
+class _BusyError(Exception):
+    """A service that will answer later."""
+
+
+class _TooMuchError(Exception):
+    """An answer that is none."""

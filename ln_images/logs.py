@@ -2,6 +2,7 @@
 
 import logging
 import logging.handlers
+import os
 import sys
 from typing import Any
 
@@ -9,52 +10,72 @@ from ln_images.model import ConfigurationError
 from ln_images.report import printable
 
 _OURS = logging.getLogger("ln_images")
+LOG = logging.getLogger(__name__)
 _BYTES, _FILES = 1024 * 1024, 5
 
 
 def to_stderr() -> None:
     """Sends warnings and errors to standard error. What other libraries log and warn of goes nowhere."""
-    # A log that cannot be written is no reason for a traceback, nor to stop linking.
+    # A standard error that cannot be written is no reason for a traceback, nor to stop linking.
     logging.raiseExceptions = False
     logging.captureWarnings(True)
     logging.getLogger().handlers[:] = [logging.NullHandler()]
     _OURS.propagate = False
     _OURS.setLevel(logging.DEBUG)
-    handler = _ToStderr(sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("ln-images: %(prefix)s%(message)s"))
     handler.setLevel(logging.WARNING)
+    # What stands in the report, or is repeated by each run of cron, is for the file.
+    handler.addFilter(lambda record: not hasattr(record, "file_only"))
     _OURS.handlers[:] = [handler]
 
 
-def set_up(log_file: str | None, verbose: bool, quiet: bool) -> None:
+def set_up(log_file: str | None, verbose: bool, quiet: bool) -> int:
     """Says more or less on standard error, and everything that changes in ``log_file``.
 
-    Raises ConfigurationError where the file cannot be opened.
+    Returns 2 where the file cannot be opened now, and 0 otherwise. Raises ConfigurationError where it never can.
     """
     if verbose or quiet:
         _OURS.handlers[0].setLevel(logging.ERROR if quiet else logging.DEBUG)
     if log_file is None:
-        return
+        return 0
     try:
-        handler = logging.handlers.RotatingFileHandler(
-            log_file, maxBytes=_BYTES, backupCount=_FILES, encoding="utf-8", errors="backslashreplace"
-        )
-    except OSError as error:
+        handler = _File(log_file, maxBytes=_BYTES, backupCount=_FILES, encoding="utf-8", errors="backslashreplace")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ConfigurationError(
             f"--log-file {log_file}: {error.strerror}: name a file in a directory that exists"
         ) from None
+    except OSError as error:
+        LOG.error("--log-file %s: %s: nothing is logged there", log_file, error.strerror)
+        return ConfigurationError.exit_status
     handler.setLevel(logging.DEBUG if verbose else logging.INFO)
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(filename)s:%(lineno)d %(message)s"))
     _OURS.addHandler(handler)
+    return 0
 
 
 class _OneLine(logging.Formatter):
     """Escapes what comes from images and files, so that no line of it can pass for another."""
 
     def format(self, record: logging.LogRecord) -> str:
+        named = record.levelno not in (logging.INFO, logging.ERROR)
+        record.prefix = f"{record.levelname.lower()}: " if named else ""
         return printable(super().format(record))
 
 
-class _ToStderr(logging.StreamHandler[Any]):
-    def format(self, record: logging.LogRecord) -> str:
-        level = "" if record.levelno in (logging.INFO, logging.ERROR) else f"{record.levelname.lower()}: "
-        return printable(f"ln-images: {level}{record.getMessage()}")
+class _File(logging.handlers.RotatingFileHandler):
+    """For root alone, since it has the names of private images. A fault of it is told once, on standard error."""
+
+    told = False
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_private)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802
+        if not self.told:
+            self.told = True
+            LOG.error("--log-file %s: %s: nothing is logged there", self.baseFilename, sys.exc_info()[1])
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -3,17 +3,21 @@
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 from ln_images import __version__, report
-from ln_images.model import ConfigurationError, Outcome, Pass
+from ln_images.model import CHANGES, ConfigurationError, Outcome, Pass
+from ln_images.plan import RAW_COPY
 
-_SUCCESS = "ln_images_last_success_timestamp_seconds"
+_PREFIX = "ln_images_"
+# What only runs with --prune or --verify know: every other run leaves it alone.
+_OF_OTHER_RUNS = ("prune_", "verify_")
 
 
 class Textfile:
     """The file at ``path``. Raises ConfigurationError where prometheus-client is missing."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, prune: bool) -> None:
         try:
             import prometheus_client
             import prometheus_client.parser
@@ -21,43 +25,107 @@ class Textfile:
             raise ConfigurationError(
                 "--metrics-file needs prometheus-client: pip install 'ln-images[metrics]'"
             ) from None
-        self._path = path
+        self._path, self._prune = path, prune
         self._client = prometheus_client
+        self._registry = prometheus_client.CollectorRegistry()
+        self._images: Any = None
 
     def write(self, made: Pass | None, status: int, now: float) -> None:
-        """Tells of a pass that ended with exit ``status`` at ``now``, in seconds since the epoch.
+        """Tells of a whole pass that ended with exit ``status`` at ``now``, in seconds since the epoch.
 
         ``made`` is None where the pass could not be made. The time of the last success is kept across such
-        passes. Raises ConfigurationError where the file cannot be written.
+        passes, and is 0 where there never was one. Raises ConfigurationError where the file cannot be written.
         """
-        registry = self._client.CollectorRegistry()
-
-        def gauge(name: str, text: str, value: float | None) -> None:
-            if value is not None:
-                self._client.Gauge(f"ln_images_{name}", text, registry=registry).set(value)
-
-        gauge("exit_status", "Exit status of the last pass.", status)
-        gauge("last_pass_timestamp_seconds", "When the last pass ended.", now)
-        success = now if status == 0 else self._last_success()
-        gauge("last_success_timestamp_seconds", "When the last pass ended whose exit status was 0.", success)
-        self._client.Gauge("ln_images_build_info", "Version of ln-images.", ["version"], registry=registry).labels(
-            __version__
-        ).set(1)
+        before = self._read()
+        self._registry, self._images = self._client.CollectorRegistry(), None
+        self._gauge("build_info", "Version of ln-images.", "version").labels(__version__).set(1)
+        self._times("", "the last pass", status, now, before)
+        kept = {name: value for name, value in before.items() if name.startswith(_OF_OTHER_RUNS)}
         if made is not None:
-            images = self._client.Gauge("ln_images_images", "Images by outcome.", ["outcome"], registry=registry)
-            for outcome, count in ((outcome, report.counts(made)[outcome]) for outcome in Outcome):
-                images.labels(outcome.value).set(count)
-            held = report.held(made)
-            gauge("orphans", "Links that hold the blocks of deleted images.", len(held))
-            gauge("orphans_bytes", "Bytes held by the links of deleted images.", sum(held))
-            gauge("pass_duration_seconds", "How long the last pass took.", made.duration)
-            gauge("cache_size_bytes", "Size of the cache's file system.", made.room.size)
-            gauge("cache_free_bytes", "Bytes free on the cache's file system.", made.room.free)
-            gauge("cache_free_inodes", "Inodes free on the cache's file system.", made.room.free_inodes)
+            self._of_pass(made)
+            kept |= self._of_prune(made) | self._of_audit(made, now)
+        if self._prune:
+            self._times("prune_", "the last pass with --prune", status, now, before)
+            kept = {name: value for name, value in kept.items() if name not in _times("prune_")}
+        for name, value in kept.items():
+            self._gauge(name, "Of the last pass with --prune, or with --verify.").set(value)
+        self._save()
+
+    def add(self, narrow: Pass) -> None:
+        """Counts what was linked since the last whole pass. Raises as :meth:`write` does."""
+        if self._images is not None:
+            for outcome in CHANGES:
+                self._images.labels(outcome.value).inc(report.counts(narrow)[outcome])
+            self._save()
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Any:
+        return self._client.Gauge(_PREFIX + name, text, labels, registry=self._registry)
+
+    def _times(self, prefix: str, what: str, status: int, now: float, before: dict[str, float]) -> None:
+        exit_status, last, success = _times(prefix)
+        self._gauge(exit_status, f"Exit status of {what}.").set(status)
+        self._gauge(last, f"When {what} ended.").set(now)
+        self._gauge(success, f"When {what} ended whose exit status was 0, or 0.").set(
+            now if status == 0 else before.get(success, 0)
+        )
+
+    def _of_pass(self, made: Pass) -> None:
+        found = report.counts(made)
+        self._images = self._gauge("images", "Images by outcome.", "outcome")
+        for outcome in Outcome:
+            self._images.labels(outcome.value).set(found[outcome])
+        held = self._gauge("held", "Bases in the cache that no image stands behind.", "kind")
+        held_bytes = self._gauge("held_bytes", "Bytes that such bases hold.", "kind")
+        for kind, (count, size) in made.held.items():
+            held.labels(kind).set(count)
+            held_bytes.labels(kind).set(size)
+        unknown = report.unknown(made)
+        raw = sum(result.verdict.reason == RAW_COPY for result in made.results)
+        size, free, free_inodes = made.room
+        uid, gid = made.directory
+        for name, text, value in (
+            ("unknown_files", "Files in the store that Glance does not know.", len(unknown)),
+            ("unknown_bytes", "Bytes of the files in the store that Glance does not know.", sum(unknown)),
+            ("occupied_raw", "Images whose name Nova's raw copy has.", raw),
+            ("pass_duration_seconds", "How long the last pass took.", made.duration),
+            ("cache_size_bytes", "Size of the cache's file system.", size),
+            ("cache_free_bytes", "Bytes free on the cache's file system.", free),
+            ("cache_free_inodes", "Inodes free on the cache's file system.", free_inodes),
+            ("cache_directory_uid", "Owner of the cache directory.", uid),
+            ("cache_directory_gid", "Group of the cache directory.", gid),
+        ):
+            self._gauge(name, text).set(value)
+
+    def _of_prune(self, made: Pass) -> dict[str, float]:
+        outcomes = (Outcome.RESTORED, Outcome.RETIRED, Outcome.PRUNED, Outcome.KEPT)
+        found = report.counts(made)
+        return {f"prune_{outcome}": found[outcome] for outcome in outcomes} if self._prune else {}
+
+    def _of_audit(self, made: Pass, now: float) -> dict[str, float]:
+        if made.audit is None:
+            return {}
+        return {
+            "verify_last_pass_timestamp_seconds": now,
+            "verify_images": made.audit.images,
+            "verify_without_checksum": made.audit.unverified,
+            "verify_damaged": report.counts(made)[Outcome.DAMAGED],
+        }
+
+    def _read(self) -> dict[str, float]:
+        """The values of the file as it is, without their labels and the common beginning of their names."""
+        found = {}
+        with contextlib.suppress(OSError, ValueError):
+            text = Path(self._path).read_text(encoding="utf-8")
+            for family in self._client.parser.text_string_to_metric_families(text):
+                for sample in family.samples:
+                    found[sample.name.removeprefix(_PREFIX)] = sample.value
+        return found
+
+    def _save(self) -> None:
         # Written beside and renamed, and readable by the collector's user, whatever umask cron gives.
         umask = os.umask(0o022)
         try:
-            self._client.write_to_textfile(self._path, registry)
+            self._client.write_to_textfile(self._path, self._registry)
         except OSError as error:
             raise ConfigurationError(
                 f"--metrics-file {self._path}: {error.strerror}: name a file in a directory that exists"
@@ -65,10 +133,10 @@ class Textfile:
         finally:
             os.umask(umask)
 
-    def _last_success(self) -> float | None:
-        with contextlib.suppress(OSError, ValueError):
-            text = Path(self._path).read_text(encoding="utf-8")
-            for family in self._client.parser.text_string_to_metric_families(text):
-                if family.name == _SUCCESS:
-                    return float(family.samples[0].value)
-        return None
+
+def _times(prefix: str) -> tuple[str, str, str]:
+    return (
+        f"{prefix}exit_status",
+        f"{prefix}last_pass_timestamp_seconds",
+        f"{prefix}last_success_timestamp_seconds",
+    )

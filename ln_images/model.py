@@ -1,6 +1,6 @@
-"""The words of this project: images, files, outcomes and errors. It imports nothing of ours."""
+"""The words of this project: options, images, files, outcomes and errors. It imports nothing of ours."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -16,32 +16,78 @@ class Outcome(StrEnum):
     WAITING = "waiting"
     SKIPPED = "skipped"
     REFUSED = "refused"
+    DAMAGED = "damaged"
     OCCUPIED = "occupied"
     FAILED = "failed"
+    RESTORED = "restored"
+    RETIRED = "retired"
     PRUNED = "pruned"
     KEPT = "kept"
 
 
-CHANGES = frozenset({Outcome.LINKED, Outcome.REPAIRED, Outcome.PRUNED})
+CHANGES = frozenset({Outcome.LINKED, Outcome.REPAIRED, Outcome.RESTORED, Outcome.RETIRED, Outcome.PRUNED})
+FAULTS = frozenset({Outcome.FAILED, Outcome.DAMAGED})
+
+
+# Those that can be linked, as Glance calls them.
+DISK_FORMATS = ("raw", "iso", "ami", "ari", "aki", "qcow2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of the command, by their names. Durations are in seconds; ``owner`` is a uid and a gid."""
+
+    images_dir: str
+    cache_dir: str
+    owner: tuple[int, int]
+    mode: int
+    disk_formats: Sequence[str]
+    os_cloud: str | None = None
+    timeout: float = 30
+    full: bool = False
+    every: float | None = None
+    for_seconds: float | None = None
+    prune: bool = False
+    prune_after: float = 86400
+    prune_unmarked: bool = False
+    instances_dirs: Sequence[str] = ()
+    verify: bool = False
+    dry_run: bool = False
+    report_format: str = "text"
+    log_file: str | None = None
+    metrics_file: str | None = None
+    verbose: bool = False
+    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One image as Glance tells of it. ``size`` is in bytes, and None where Glance gives none."""
+    """One image as Glance tells of it. ``size`` is in bytes, and None where Glance gives none.
+
+    ``checksum`` is an algorithm's name and the digest of what was uploaded, or nothing of either. ``signed``:
+    its owner wants Nova to verify a signature.
+    """
 
     id: str
-    name: str
-    status: str
-    disk_format: str
-    size: int | None
+    name: str = ""
+    status: str = ""
+    disk_format: str = ""
+    size: int | None = None
     importing_to: str = ""
+    checksum: tuple[str, str] = ("", "")
+    signed: bool = False
+
+
+# The mark of an inode on a file system that cannot bear marks.
+UNMARKABLE = ""
 
 
 class File(NamedTuple):
     """What one name in a directory stands for, never followed.
 
     ``mode`` is the whole ``st_mode``, type included; ``size`` is in bytes; ``changed`` is the ctime, in
-    seconds since the epoch; ``mark`` is the image id that this tool left on the inode, or None.
+    seconds since the epoch. ``mark`` is the image id that this tool left on the inode, and ``marked_size`` the
+    size that the image had then, in bytes: both None where there is none.
     """
 
     device: int
@@ -53,108 +99,102 @@ class File(NamedTuple):
     size: int
     changed: float
     mark: str | None = None
+    marked_size: int | None = None
 
     def same(self, other: "File") -> bool:
         """Whether both are names of one inode."""
         return (self.device, self.inode) == (other.device, other.inode)
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Base(NamedTuple):
+    """A file in the cache that no image in the store stands behind.
+
+    ``name`` is the SHA-1 under which Nova looks for it, also where it is ``retired`` and has another name now.
+    ``image_id`` is "" where its image cannot be known.
+    """
+
+    name: str
+    image_id: str
+    retired: bool
+    file: File
+
+    @property
+    def kind(self) -> str:
+        """Under which word reports count what it holds."""
+        return "retired" if self.retired else "orphans" if self.image_id else "unmarked"
+
+
+class Look(NamedTuple):
     """What the two directories alone tell.
 
-    ``settled`` are the ids that are linked as they should be, ``unsettled`` the others that have a file, and
-    ``orphans`` the links whose image's file is gone, by image id.
+    ``settled`` are the ids that are linked as they should be, and ``unsettled`` the others that have a file.
+    ``bases`` are what no image in the store stands behind, ``downloads`` Nova's unfinished files, and ``broken``
+    the entries of the cache that cannot be looked at, with the reason.
     """
 
     settled: Sequence[str]
     unsettled: Sequence[str]
-    orphans: Mapping[str, File]
+    bases: Sequence[Base]
+    downloads: Mapping[str, File]
+    broken: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """How a link must be, and which disk formats get one. ``marks``: whether inodes can bear marks here."""
-
-    uid: int
-    gid: int
-    mode: int
-    disk_formats: frozenset[str]
-    marks: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """One server as Nova tells of it. ``uses`` are the ids, in lower case, of its image, kernel and ramdisk."""
+class Server(NamedTuple):
+    """One server as Nova tells of it. ``uses`` are the ids, as spelt there, of its image, kernel and ramdisk."""
 
     id: str
     status: str
     task_state: str
+    host: str
+    image: str
     uses: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What is known so far that could keep an orphan.
-
-    ``now`` and ``prune_after`` are in seconds. ``images`` has Glance's status of each id it knows.
-    ``backed`` has the path of an instance disk by the cache name that it is backed by, and ``unreadable``
-    the path of one whose backing file cannot be told, or nothing.
-    """
-
-    now: float
-    prune_after: float
-    images: Mapping[str, str] = field(default_factory=dict)
-    servers: Sequence[Server] = ()
-    backed: Mapping[str, str] = field(default_factory=dict)
-    unreadable: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """An outcome and, where it is not plain, its reason."""
 
     outcome: Outcome
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of one image in a pass."""
+class Result(NamedTuple):
+    """What became of one image, or of one base, whose image may not be known: then it is one without an id."""
 
     image: Image
+    cache_name: str
     verdict: Verdict
-
-
-class Room(NamedTuple):
-    """The room on the cache's file system, in bytes and inodes, as an ordinary user has it."""
-
-    size: int
-    free: int
-    free_inodes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One whole pass. ``duration`` is in seconds.
+    """One pass. ``duration`` is in seconds.
 
     ``settled`` are the images that the disk alone shows to be linked as they should be: nothing was asked
-    about them. ``orphans`` are the links whose image's file is gone, by image id, as they were found;
-    ``fault`` is why the clean-up could not be made.
+    about them. ``held`` are, by kind, how many bases no image stands behind and how many bytes they hold.
+    ``room`` is the size of the cache's file system and what is free there, in bytes, and the free inodes, as an
+    ordinary user has them. ``directory`` is the owner of the cache directory, as uid and gid. ``fault`` is why the
+    clean-up could not be made.
     """
 
     started_at: datetime
     duration: float
     dry_run: bool
-    results: tuple[Result, ...]
-    room: Room
+    results: Sequence[Result]
     settled: Sequence[str] = ()
-    orphans: Mapping[str, File] = field(default_factory=dict)
+    held: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    room: tuple[int, int, int] = (0, 0, 0)
+    directory: tuple[int, int] = (0, 0)
     fault: "LnImagesError | None" = None
+    audit: "Audit | None" = None
 
-    def having(self, outcomes: Iterable[Outcome]) -> list[Result]:
-        """The results whose outcome is one of ``outcomes``."""
-        return [result for result in self.results if result.verdict.outcome in outcomes]
+
+class Audit(NamedTuple):
+    """What ``--verify`` read: images, those without a checksum, and bytes, in how many seconds."""
+
+    images: int
+    unverified: int
+    size: int
+    seconds: float
 
 
 class LnImagesError(Exception):
@@ -177,9 +217,3 @@ class TemporaryError(LnImagesError):
 
 class AnotherRunError(TemporaryError):
     """Another run holds the lock."""
-
-
-class InterruptedByUserError(LnImagesError):
-    """Ctrl-C or SIGTERM."""
-
-    exit_status = 130

@@ -1,88 +1,128 @@
 """Session -> servers."""
 
-import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ln_images.glance import PAGE_SIZE
 from ln_images.keystone import Connection, asking
 from ln_images.model import ConfigurationError, Server, TemporaryError
 
+PAGE_SIZE = 1000
 # From this microversion on Nova shows servers and services of a cell that is down (Nova 19.0.0).
 _CELLS = "2.69"
-_KERNEL = "OS-EXT-SRV-ATTR:kernel_id"
+# That of Nova 26.0.0. Versions 24 and 25 share 2.90, and 24.0.0 has LP#1934094: a server whose first unshelve
+# failed names the deleted snapshot, while its disk is on the original.
+_TRUE_NAMES = "2.93"
+_SHOWN = "OS-EXT-SRV-ATTR:"
 
 
-def servers(connection: Connection) -> list[Server]:
-    """Every server of every project, soft-deleted ones included.
+def servers(connection: Connection) -> tuple[list[Server], bool]:
+    """Every server of every project and region, soft-deleted ones included; and whether what they name is proof.
 
-    Raises ConfigurationError where there is no compute service or the credential is refused, and
-    TemporaryError where Nova cannot be asked or does not see all of its cells.
+    Every compute endpoint in the catalog is asked, since regions may share one Glance. Raises ConfigurationError
+    where there is no compute service or the credential is refused, and TemporaryError where one cannot be asked or
+    does not see all of its cells.
     """
+    found: list[Server] = []
+    proof = True
+    for region, endpoint in _endpoints(connection):
+        with asking(f"Nova{region and f' in {region}'}", connection.seconds) as begin:
+            more, recent = _of_endpoint(connection, endpoint, begin)
+        found += more
+        proof = proof and recent
+    return found, proof
+
+
+def _endpoints(connection: Connection) -> list[tuple[str, str]]:
+    """The region and URL of each compute endpoint in the catalog, on the interface in use, at ``/v2.1``."""
+    interface = connection.interface or "public"
+    with asking("Keystone", connection.seconds):
+        get_access = getattr(connection.session.auth, "get_access", None)
+        if get_access is None:
+            # Such a plugin, as admin_token, knows one endpoint and no catalog.
+            found = [("", connection.session.get_endpoint(service_type="compute", interface=interface) or "")]
+        else:
+            catalog = get_access(connection.session).service_catalog
+            regions = {one.region_name for one in _compute(catalog)}
+            found = [
+                (region or "", str(one.url) if one else "")
+                for region in sorted(regions, key=str)
+                for one in _compute(catalog, interface, region) or [None]
+            ]
+    if not any(url for _, url in found):
+        raise ConfigurationError("the catalog has no compute service: nothing is pruned without Nova")
+    for region, url in found:
+        if not url:
+            raise TemporaryError(f"Nova in {region} has no endpoint on the interface in use: nothing is pruned")
+        if re.search(r"/v2(/|$)", url):
+            raise ConfigurationError(f"the catalog has no compute service at /v2.1, but {url}: nothing is pruned")
+    return [(region, url.rstrip("/") + "/v2.1" * ("/v2.1" not in url)) for region, url in found]
+
+
+def _compute(catalog: Any, interface: Any = None, region: str | None = None) -> list[Any]:
+    return [one for kind in catalog.get_endpoints_data("compute", interface, region).values() for one in kind]
+
+
+def _of_endpoint(connection: Connection, endpoint: str, begin: Callable[[], None]) -> tuple[list[Server], bool]:
     from keystoneauth1 import exceptions
     from keystoneauth1.adapter import Adapter
 
-    nova = Adapter(connection.session, **connection.endpoint("compute"), default_microversion=_CELLS)
-    endpoint = None
-    with asking("Nova", connection.seconds):
-        with contextlib.suppress(exceptions.EndpointNotFound):
-            endpoint = nova.get_endpoint()
-        if endpoint is None or re.search(r"/v2(/|$)", endpoint):
-            raise ConfigurationError("the catalog has no compute service at /v2.1: nothing is pruned without Nova")
-        # Only the answer to this one parameter shows the servers of a cell that is down, as UNKNOWN;
-        # a list that is paged or filtered leaves them out and says nothing.
-        first = _servers(nova.get("/servers/detail", params={"all_tenants": "1"}).json())
-        servers = _all_servers(nova)
-        # Asked last: also a cell that went down while the list was paged is told here.
-        services = nova.get("/os-services").json()["services"]
-    if "UNKNOWN" in [*(server.status for server in first + servers), *(one["status"] for one in services)]:
+    nova = Adapter(connection.session, endpoint_override=endpoint, service_type="compute")
+
+    def get(path: str, microversion: str = _CELLS, **query: str) -> Any:
+        begin()
+        return nova.get(path, params=query, microversion=microversion).json()
+
+    # Only the answer to this one parameter shows the servers of a cell that is down, as UNKNOWN;
+    # a list that is paged or filtered leaves them out and says nothing.
+    try:
+        first, proof = get("/servers/detail", _TRUE_NAMES, all_tenants="1"), True
+    except exceptions.NotAcceptable:
+        first, proof = get("/servers/detail", all_tenants="1"), False
+    found = _all_servers(get)
+    # Asked last: also a cell that went down while the list was paged is told here.
+    services = get("/os-services")["services"]
+    far = [one for one in first["servers"] if one["status"] == "UNKNOWN" and "OS-EXT-STS:vm_state" not in one]
+    if far or "UNKNOWN" in [one["status"] for one in services]:
         raise TemporaryError("Nova does not see all of its cells: nothing is pruned until they are up")
-    missing = {server.id for server in first} - {server.id for server in servers}
+    missing = {str(one["id"]) for one in first["servers"]} - {server.id for server in found}
     if missing:
         raise TemporaryError(f"Nova lists server {min(missing)} once and then not: nothing is pruned in this pass")
-    return servers
+    return found, proof
 
 
-def _all_servers(nova: Any) -> list[Server]:
+def _all_servers(get: Callable[..., Any]) -> list[Server]:
     """Every page of the servers of all projects.
 
     To a token that may list them and is no administrator's otherwise, Nova shows no kernel of any server, and drops
     ``soft_deleted`` without a word (seen on Nova 34.0.0): such a list is not the whole one.
     """
     found: dict[str, Server] = {}
-    kernels_shown = False
     query = {"all_tenants": "1", "soft_deleted": "1", "limit": str(PAGE_SIZE)}
     while True:
-        page = nova.get("/servers/detail", params=query).json()
-        servers = _servers(page)
+        page = get("/servers/detail", **query)
+        servers = [_server(one) for one in page["servers"]]
         if found.keys() & {server.id for server in servers}:
             raise TemporaryError("Nova lists a server twice: its paging is broken, or a server was just made")
         found |= {server.id: server for server in servers}
-        kernels_shown = kernels_shown or any(_KERNEL in server for server in page["servers"])
-        if found and not kernels_shown:
+        if servers and not any(f"{_SHOWN}kernel_id" in one for one in page["servers"]):
             raise ConfigurationError("Nova shows this credential less than an administrator: nothing is pruned")
         if not any(link["rel"] == "next" for link in page.get("servers_links", [])):
             return list(found.values())
+        if not servers:
+            raise TemporaryError("Nova lists a page that brings nothing: its paging is broken")
         query["marker"] = servers[-1].id
 
 
-def _servers(page: Mapping[str, Any]) -> list[Server]:
-    """The servers in an answer of Nova's. One that has no image, such as one booted from a volume, has ""."""
-    return [
-        Server(
-            id=str(server["id"]),
-            status=str(server["status"]),
-            task_state=str(server.get("OS-EXT-STS:task_state") or ""),
-            uses=frozenset(
-                str(image_id).lower()
-                for image_id in (
-                    (server.get("image") or {}).get("id"),
-                    server.get(_KERNEL),
-                    server.get("OS-EXT-SRV-ATTR:ramdisk_id"),
-                )
-                if image_id
-            ),
-        )
-        for server in page["servers"]
-    ]
+def _server(one: Mapping[str, Any]) -> Server:
+    """A server in an answer of Nova's. One that has no image, such as one booted from a volume, has ""."""
+    image = str((one.get("image") or {}).get("id") or "")
+    ids = (image, one.get(f"{_SHOWN}kernel_id"), one.get(f"{_SHOWN}ramdisk_id"))
+    return Server(
+        id=str(one["id"]),
+        status=str(one["status"]),
+        task_state=str(one.get("OS-EXT-STS:task_state") or ""),
+        host=str(one.get(f"{_SHOWN}host") or ""),
+        image=image,
+        uses=frozenset(str(image_id) for image_id in ids if image_id),
+    )

@@ -1,4 +1,4 @@
-"""What each image needs: the whole policy, in pure functions.
+"""What each image needs: the whole policy of linking, in pure functions.
 
 A verdict names what should be done, by the outcome it will have when it is done: ``linked`` means
 "link it", ``repaired`` "mend it"; every other one means "touch nothing".
@@ -7,13 +7,25 @@ A verdict names what should be done, by the outcome it will have when it is done
 import hashlib
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from ln_images.model import File, Image, Look, Outcome, Verdict, Wanted
+from ln_images.model import UNMARKABLE, Base, File, Image, Look, Options, Outcome, Verdict
 
 # Glance accepts ids chosen by the user in this form, upper case included, and stores them as they are
 # (glance.api.v2.images, oslo_utils.uuidutils.is_uuid_like).
 _IMAGE_ID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+# What Nova calls a base, and what this tool calls one that it has set aside. Nova's other files (``_20``,
+# ``ephemeral_*``, ``swap_*``) have names of other forms.
+_BASE = re.compile(r"([0-9a-f]{40})(\.retired)?")
+# Beside a base Nova downloads into the first and converts into the second (nova.virt.libvirt.utils.fetch_image,
+# nova.virt.images.fetch_to_raw).
+DOWNLOADS = (".part", ".converted")
+# How long, in seconds, such a file may rest before it is a leftover of a crash.
+_DOWNLOAD_RESTS = 600
+
+# Reasons that reports and metrics know again.
+UNKNOWN = "Glance does not know it"
+RAW_COPY = "Nova's raw copy has the cache name: set force_raw_images = False on every node, see docs/recovery.md"
 
 IN_FLIGHT = frozenset({"queued", "saving", "uploading", "importing"})
 
@@ -42,27 +54,55 @@ def cache_name(image_id: str) -> str:
     return hashlib.sha1(image_id.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()
 
 
-def look(sources: Mapping[int, str], entries: Iterable[tuple[str, File]], wanted: Wanted) -> Look:
+def look(sources: Mapping[int, Sequence[str]], entries: Iterable[tuple[str, File | str]], options: Options) -> Look:
     """What the names in the store, by inode, and the entries of the cache tell; each entry is looked at once.
 
-    An id is settled when its cache name is on the very inode of its file, with owner, mode and mark as wanted.
+    An entry that cannot be looked at comes with the reason in place of its file. An id is settled when its cache
+    name is on the very inode of its file, with owner, mode, mark and size as they must be. Where the inodes in a
+    directory are not those of the files, nothing is settled by the look, and each image is settled by itself.
     """
-    settled, orphans = [], {}
+    store = {name for names in sources.values() for name in names if is_image_id(name)}
+    settled: list[str] = []
+    bases: list[Base] = []
+    downloads: dict[str, File] = {}
+    broken: dict[str, str] = {}
     for name, entry in entries:
-        image_id = sources.get(entry.inode, "")
-        if is_image_id(image_id) and cache_name(image_id) == name and _is_right(entry, image_id, wanted):
-            settled.append(image_id)
-        elif is_orphan(name, entry):
-            orphans[entry.mark or ""] = entry
-    unsettled = sorted(image_id for image_id in {*sources.values()}.difference(settled) if is_image_id(image_id))
-    return Look(settled, unsettled, orphans)
+        if isinstance(entry, str):
+            broken[name] = entry
+            continue
+        names = sources.get(entry.inode, ())
+        image_id = next((one for one in names if cache_name(one) == name), None)
+        if image_id is not None:
+            if _is_right(entry, names, options):
+                settled.append(image_id)
+        elif (base := _base(name, entry, store, bool(names))) is not None:
+            bases.append(base)
+        elif name.endswith(DOWNLOADS) and _BASE.fullmatch(name.rpartition(".")[0]):
+            downloads[name] = entry
+    store.difference_update(settled)
+    # With several links, one of them may be an image's whose inode the directory does not give.
+    theirs = {cache_name(image_id) for image_id in store}
+    bases = [base for base in bases if base.file.links == 1 or base.name not in theirs or base.retired]
+    return Look(settled, sorted(store), bases, downloads, broken)
 
 
-def judge_image(image: Image, wanted: Wanted) -> Verdict | None:
+def _base(name: str, entry: File, store: Collection[str], has_source: bool) -> Base | None:
+    """The base that an entry is, if no image in the store stands behind it."""
+    found = _BASE.fullmatch(name)
+    if found is None or not stat.S_ISREG(entry.mode):
+        return None
+    mark = entry.mark or ""
+    image_id = mark if is_image_id(mark) and cache_name(mark) == found[1] else ""
+    if not found[2] and (image_id in store or (has_source and not image_id)):
+        return None
+    return Base(found[1], image_id, bool(found[2]), entry)
+
+
+def judge_image(image: Image, options: Options) -> Verdict | None:
     """Decides by Glance's word alone; None where the disk must be looked at.
 
     Only ``active`` is a finished image (Glance, "Image Statuses"). A size of 0 is a volume snapshot,
-    which has no data.
+    which has no data. Nova verifies the signature only of what it downloads (nova.image.glance).
     """
     if not is_image_id(image.id):
         return Verdict(Outcome.SKIPPED, "not an image id")
@@ -70,14 +110,16 @@ def judge_image(image: Image, wanted: Wanted) -> Verdict | None:
         return Verdict(Outcome.WAITING, f"status {image.status}")
     if image.status != "active":
         return Verdict(Outcome.SKIPPED, f"status {image.status}")
-    if image.disk_format not in wanted.disk_formats:
+    if image.disk_format not in options.disk_formats:
         return Verdict(Outcome.SKIPPED, f"disk format {image.disk_format or 'unknown'}")
+    if image.signed:
+        return Verdict(Outcome.SKIPPED, "signed: Nova verifies only what it downloads")
     if not image.size:
         return Verdict(Outcome.SKIPPED, "empty" if image.size == 0 else "Glance gives no size")
     return None
 
 
-def judge_files(image: Image, source: File | None, entry: File | None, wanted: Wanted) -> Verdict:
+def judge_files(image: Image, source: File | None, entry: File | None, options: Options) -> Verdict:
     """Decides by what lies in the store (``source``) and in the cache (``entry``).
 
     ``image`` is one on which :func:`judge_image` left the decision open.
@@ -89,37 +131,45 @@ def judge_files(image: Image, source: File | None, entry: File | None, wanted: W
         return Verdict(Outcome.REFUSED, f"the file is {_KINDS.get(stat.S_IFMT(source.mode), 'not regular')}")
     size = image.size or 0
     if source.size < size:
+        if entry is not None and entry.same(source) and not copying:
+            return Verdict(Outcome.DAMAGED, f"the linked file has {source.size} of {size} bytes: see docs/recovery.md")
         return Verdict(Outcome.WAITING, f"{source.size} of {size} bytes are here")
     if source.size > size:
         return Verdict(Outcome.REFUSED, f"the file has {source.size} bytes, Glance says {size}")
     if entry is None:
         return Verdict(Outcome.WAITING, copying) if copying else Verdict(Outcome.LINKED)
     if not entry.same(source):
-        return Verdict(Outcome.OCCUPIED, _difference(source, entry))
-    return Verdict(Outcome.PRESENT) if _is_right(entry, image.id, wanted) else Verdict(Outcome.REPAIRED)
+        return _difference(image, source, entry)
+    # One inode may have several names in the store, and then several ids; it bears the mark of one of them.
+    ids = (image.id,) if entry.links == 2 or entry.mark is None else (image.id, entry.mark)
+    return Verdict(Outcome.PRESENT if _is_right(entry, ids, options) else Outcome.REPAIRED)
 
 
-def is_orphan(name: str, entry: File) -> bool:
-    """Whether an entry is a link whose image's file is gone.
-
-    It bears Nova's name for an image, is a regular file with one link left, and has the mark of exactly that
-    image. Whatever else lies in the cache is not ours to judge.
-    """
-    mark = entry.mark
-    return entry.links == 1 and mark is not None and is_image_id(mark) and cache_name(mark) == name
+def is_downloading(file: File, now: float) -> bool:
+    """Whether Nova is at work on one of :data:`DOWNLOADS`. ``now`` is in seconds since the epoch."""
+    return abs(now - file.changed) < _DOWNLOAD_RESTS
 
 
-def _is_right(entry: File, image_id: str, wanted: Wanted) -> bool:
+def _is_right(entry: File, ids: Collection[str], options: Options) -> bool:
+    """Whether an entry on an image's inode is as it must be. ``ids`` are those of the images on that inode."""
     return (
-        entry.mode == stat.S_IFREG | wanted.mode
-        and (entry.uid, entry.gid) == (wanted.uid, wanted.gid)
-        and (entry.mark == image_id or not wanted.marks)
+        entry.mode == stat.S_IFREG | options.mode
+        and (entry.uid, entry.gid) == options.owner
+        and (entry.mark == UNMARKABLE or (entry.mark in ids and entry.marked_size == entry.size))
     )
 
 
-def _difference(source: File, entry: File) -> str:
+def _difference(image: Image, source: File, entry: File) -> Verdict:
     if not stat.S_ISREG(entry.mode):
-        return f"the cache name is {_KINDS.get(stat.S_IFMT(entry.mode), 'not a regular file')}"
+        kind = _KINDS.get(stat.S_IFMT(entry.mode), "not a regular file")
+        return Verdict(Outcome.OCCUPIED, f"the cache name is {kind}")
+    if entry.mark == image.id:
+        name = cache_name(image.id)
+        return Verdict(
+            Outcome.FAILED,
+            f"servers get an earlier image of this id: in the cache, `mv {name} {name}.retired`, and run again",
+        )
     if entry.size != source.size:
-        return f"another file has the cache name, and differs: {entry.size} bytes, the image has {source.size}"
-    return "another file of the same size has the cache name"
+        sizes = f"{entry.size} bytes, the image has {source.size}"
+        return Verdict(Outcome.OCCUPIED, f"another file has the cache name, and differs: {sizes}")
+    return Verdict(Outcome.OCCUPIED, "another file of the same size has the cache name")

@@ -1,51 +1,108 @@
-"""What a clean-up may take: the policy, pure, and the gathering of its evidence."""
+"""What a clean-up may take: the policy, pure, and the gathering of its evidence.
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+A base that by all evidence nothing needs is retired: renamed in place, so that whoever has it open reads on and a
+new server does not start from it. When it has been retired for as long again, and the same evidence says the same, it
+is removed. Any doubt keeps.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ln_images import nova
-from ln_images.instances import backing_names
-from ln_images.model import Evidence, File, Image, LnImagesError, Outcome, Result, Server, Verdict
+from ln_images.instances import Disks, open_inodes, read_disks
+from ln_images.model import Base, ConfigurationError, Image, LnImagesError, Options, Outcome, Result, Server, Verdict
 from ln_images.plan import cache_name
 
+if TYPE_CHECKING:
+    from ln_images.disk import Disk
+    from ln_images.glance import Glance
+    from ln_images.keystone import Connection
+
 # States and tasks of a server (nova.api.openstack.common, nova.compute.task_states) in which its disk may
-# be made from another image than the one it names.
-_RESTLESS = frozenset({"RESCUE", "REBUILD"})
+# be made from another image than the one it names. UNKNOWN is what the API calls a state that it does not know.
+_RESTLESS = frozenset({"RESCUE", "REBUILD", "UNKNOWN"})
 _RESTLESS_TASKS = ("rebuild", "unshelv", "rescu", "resize_finish")
 
 
-def judge_orphan(image_id: str, file: File, evidence: Evidence) -> Verdict:
-    """``pruned`` where nothing known can need the entry any more, else ``kept`` with the first reason.
+@dataclass(frozen=True)
+class Evidence:
+    """What is known that could keep a base. ``now`` and ``prune_after`` are in seconds.
 
-    Nova renews the ctime of every base in use at each pass of its cache manager, and the removal of Glance's
-    own name renews it, too: it tells how long nothing has used or released the entry (Nova,
-    ``nova.virt.libvirt.imagecache``). A server that is being rescued, rebuilt or unshelved may use a base
-    that its ``image`` does not name.
+    ``needed`` has the reason by the cache name of each image that Glance or a server names, in every spelling of its
+    id, and by the id in lower case. ``disks`` is what instance disks say, ``opened`` the inodes that NFS clients hold
+    open, and ``doubt`` why anything might need any base, or nothing.
     """
-    idle = evidence.now - file.changed
+
+    now: float
+    prune_after: float
+    needed: Mapping[str, str] = field(default_factory=dict)
+    disks: Disks = field(default_factory=Disks)
+    opened: frozenset[int] = frozenset()
+    doubt: str = ""
+
+
+def judge(base: Base, evidence: Evidence) -> Verdict:
+    """``retired``, or ``pruned`` where it is already, if nothing needs the base, else ``restored`` or ``kept``.
+
+    The ctime tells how long nothing has renewed it: Nova touches the base of each server's image (not one that only
+    backs a disk), the removal of Glance's own name renews it, and so does retiring. It is one rule among others.
+    """
+    need = _need(base, evidence)
+    idle = evidence.now - base.file.changed
+    if base.retired and need:
+        return Verdict(Outcome.RESTORED, need)
     if idle < evidence.prune_after:
-        return Verdict(Outcome.KEPT, f"in use or released {age(idle)} ago, kept for {age(evidence.prune_after)}")
-    if image_id in evidence.images:
-        return Verdict(Outcome.KEPT, f"Glance has the image: status {evidence.images[image_id]}")
-    for server in evidence.servers:
-        if image_id.lower() in server.uses:
-            return Verdict(Outcome.KEPT, f"server {server.id} was built from it")
-    for server in evidence.servers:
-        if _is_restless(server):
+        since = "retired" if base.retired else "in use or released"
+        return Verdict(Outcome.KEPT, f"{since} {age(idle)} ago, kept for {age(evidence.prune_after)}")
+    if need or evidence.doubt:
+        return Verdict(Outcome.KEPT, f"{need or evidence.doubt}; unused for {age(idle)}")
+    if base.retired:
+        return Verdict(Outcome.PRUNED, f"retired {age(idle)} ago")
+    return Verdict(Outcome.RETIRED, f"unused for {age(idle)}")
+
+
+def _need(base: Base, evidence: Evidence) -> str:
+    """What needs a base, or nothing."""
+    for key in (base.name, base.image_id.lower()):
+        if key in evidence.needed:
+            return evidence.needed[key]
+    if base.name in evidence.disks.backed:
+        return f"{evidence.disks.backed[base.name]} is backed by it"
+    if base.file.inode in evidence.opened:
+        return "an NFS client has it open"
+    return ""
+
+
+def needed(images: Iterable[Image], servers: Iterable[Server]) -> dict[str, str]:
+    """Why a base is needed, by its cache name and by its image's id in lower case.
+
+    A name cannot be turned back into an id, so each id counts in every spelling: Nova and Glance compare ids as their
+    databases do, which on MySQL is without regard to case.
+    """
+    reasons = {server_image: f"server {one.id} was built from it" for one in servers for server_image in one.uses}
+    reasons |= {image.id: f"Glance has the image: status {image.status}" for image in images}
+    return {key: reason for image_id, reason in reasons.items() for key in (*_names(image_id), image_id.lower())}
+
+
+def _names(image_id: str) -> tuple[str, ...]:
+    return tuple(cache_name(spelling) for spelling in (image_id, image_id.lower(), image_id.upper()))
+
+
+def restless(servers: Iterable[Server]) -> str:
+    """Why a server may use a base that it does not name, or nothing.
+
+    While a server is unshelved its task is soon "spawning", which every build has, too. One in ERROR may have died in a
+    rebuild, which names the new image before the disk is made.
+    """
+    for server in servers:
+        unshelved = server.status == "SHELVED_OFFLOADED" and server.task_state
+        broken = server.status == "ERROR" and server.host
+        task = any(word in server.task_state for word in _RESTLESS_TASKS)
+        if server.status in _RESTLESS or unshelved or broken or task:
             state = server.task_state or server.status
-            return Verdict(Outcome.KEPT, f"server {server.id} is in {state} and may use any base")
-    if cache_name(image_id) in evidence.backed:
-        return Verdict(Outcome.KEPT, f"{evidence.backed[cache_name(image_id)]} is backed by it")
-    if evidence.unreadable:
-        return Verdict(Outcome.KEPT, f"what {evidence.unreadable} is backed by cannot be told")
-    return Verdict(Outcome.PRUNED, f"unused for {age(idle)}")
-
-
-def _is_restless(server: Server) -> bool:
-    # While a server is unshelved its task is soon "spawning", which every build has, too.
-    unshelved = server.status == "SHELVED_OFFLOADED" and server.task_state
-    return bool(server.status in _RESTLESS or unshelved or any(word in server.task_state for word in _RESTLESS_TASKS))
+            return f"server {server.id} is in {state} and may use any base: bring it to rest"
+    return ""
 
 
 def age(seconds: float) -> str:
@@ -59,44 +116,97 @@ def age(seconds: float) -> str:
     return " ".join(parts[:2]) or "0 s"
 
 
-def prune(job: Any, orphans: Mapping[str, File], evidence: Evidence) -> tuple[list[Result], LnImagesError | None]:
-    """Removes the orphans that nothing can need. Where something cannot be asked, it keeps all, and returns why."""
+def clean_up(
+    options: Options,
+    connection: "Connection",
+    glance: "Glance",
+    disk: "Disk",
+    bases: Sequence[Base],
+    images: Sequence[Image],
+    now: float,
+) -> Iterator[Result]:
+    """Retires, restores and removes what of ``bases`` the evidence says, and tells of each. Raises where it cannot.
+
+    ``images`` are all that Glance has, hidden ones included, listed after ``bases`` were looked at; ``now`` is in
+    seconds since the epoch. Nothing is asked while nothing could come of it, but in a dry run, which is a rehearsal.
+    The lock is held only while something is done.
+    """
+    bases = [base for base in bases if base.image_id or base.retired or options.prune_unmarked]
+    evidence = Evidence(now, options.prune_after, needed(images, ()))
+    waiting = [base for base in bases if judge(base, evidence).outcome is not Outcome.KEPT or base.retired]
     fault = None
-    try:
-        evidence = _gathered(job, orphans, evidence)
-    except LnImagesError as error:
-        fault = error
-    return [_settle_orphan(job, image_id, file, evidence, fault) for image_id, file in orphans.items()], fault
-
-
-def _gathered(job: Any, orphans: Mapping[str, File], evidence: Evidence) -> Evidence:
-    """Asks for more only while something would be pruned by what is known so far."""
-
-    def doubtful(known: Evidence) -> list[str]:
-        return [
-            image_id
-            for image_id, file in orphans.items()
-            if judge_orphan(image_id, file, known).outcome is Outcome.PRUNED
-        ]
-
-    if ids := doubtful(evidence):
-        evidence = replace(evidence, images=job.glance.statuses(ids))
-    if doubtful(evidence):
-        evidence = replace(evidence, servers=nova.servers(job.connection))
-    if doubtful(evidence):
-        backed, unreadable = backing_names(job.instances_dirs)
-        evidence = replace(evidence, backed=backed, unreadable=unreadable)
-    return evidence
-
-
-def _settle_orphan(job: Any, image_id: str, file: File, evidence: Evidence, fault: LnImagesError | None) -> Result:
-    image = Image(image_id, "", evidence.images.get(image_id, ""), "", file.size)
-    verdict = judge_orphan(image_id, file, evidence)
-    with job.uninterrupted():
-        if verdict.outcome is Outcome.PRUNED and fault is not None:
+    if waiting or options.dry_run:
+        try:
+            evidence = _gathered(options, connection, glance, disk, waiting, images, evidence)
+        except LnImagesError as error:
+            fault = error
+    for base in bases:
+        verdict = judge(base, evidence)
+        if fault is not None and verdict.outcome is not Outcome.KEPT:
             verdict = Verdict(Outcome.KEPT, "it could not be asked whether anything needs it")
-        elif verdict.outcome is Outcome.PRUNED and not job.dry_run:
-            verdict = job.disk.remove(image_id, file) or verdict
-        if verdict.outcome is Outcome.KEPT and evidence.now - file.changed >= evidence.prune_after:
-            verdict = replace(verdict, reason=f"{verdict.reason}; unused for {age(evidence.now - file.changed)}")
-        return Result(image, verdict)
+        if verdict.outcome is Outcome.PRUNED and not base.image_id and not options.prune_unmarked:
+            verdict = Verdict(Outcome.KEPT, f"{verdict.reason}; its image is not known: --prune-unmarked removes it")
+        if verdict.outcome is not Outcome.KEPT and not options.dry_run:
+            with disk.locked(options.timeout):
+                verdict = _carry_out(disk, base, verdict)
+        yield Result(Image(base.image_id, size=base.file.size), base.name, verdict)
+    if fault is not None:
+        raise fault
+
+
+def _carry_out(disk: "Disk", base: Base, verdict: Verdict) -> Verdict:
+    """Does what was judged; the verdict, or why it could not be."""
+    if verdict.outcome is Outcome.PRUNED:
+        return disk.remove(base) or verdict
+    return disk.move(base, retired=verdict.outcome is Outcome.RETIRED) or verdict
+
+
+def _gathered(
+    options: Options,
+    connection: "Connection",
+    glance: "Glance",
+    disk: "Disk",
+    waiting: Sequence[Base],
+    images: Sequence[Image],
+    evidence: Evidence,
+) -> Evidence:
+    """The evidence with all that can be asked. Raises ConfigurationError or TemporaryError where it cannot be."""
+    if not connection.is_administrator():
+        raise ConfigurationError("--prune needs a credential with the role admin: nothing was pruned")
+    # Both must say that an image is gone: some are in no listing, and a gateway that is ill answers 404, too.
+    known = {image.id for image in images}
+    gone = {base.image_id for base in waiting if base.image_id and base.image_id not in known}
+    unlisted = [Image(image_id, status="unlisted") for image_id in sorted(gone) if not glance.is_gone(image_id)]
+    servers, proof = nova.servers(connection)
+    disks = read_disks(options.instances_dirs)
+    reasons = needed([*images, *unlisted], servers)
+    doubt = restless(servers) or disks.doubt
+    if not doubt and not proof and not options.instances_dirs:
+        doubt = (
+            "Nova is older than 26.0.0, where servers may name another image than their disk's: give --instances-dir"
+        )
+    return replace(
+        evidence,
+        needed=reasons,
+        disks=disks,
+        opened=open_inodes(),
+        doubt=doubt or _stranger(servers, known, disk, disks),
+    )
+
+
+def _stranger(servers: Iterable[Server], known: Iterable[str], disk: "Disk", disks: Disks) -> str:
+    """Why a server may be backed by any base, or nothing: it names an image that nobody here knows.
+
+    A wrong id stays after an upgrade of a Nova that left it (LP#1732428, LP#1934094). Where the server's own disk is
+    seen, it decides.
+    """
+    here = {image_id.lower() for image_id in known}
+    for server in servers:
+        if not server.image or server.image.lower() in here or server.id in disks.servers:
+            continue
+        if not any(disk.entry(name + suffix) for name in _names(server.image) for suffix in ("", ".retired")):
+            return (
+                f"server {server.id} names image {server.image}, which neither Glance nor the cache has, and may use"
+                " any base: give --instances-dir with its disk"
+            )
+    return ""

@@ -1,26 +1,31 @@
 """Outcomes -> table, JSON, exit status. Pure: it returns text and prints nothing."""
 
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import click
+import wcwidth
 
-from ln_images.model import Image, Outcome, Pass, Result, Verdict
-from ln_images.plan import cache_name
+from ln_images.model import FAULTS, Image, Outcome, Pass, Result, Verdict
+from ln_images.plan import UNKNOWN, cache_name
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _COLUMNS = ("NAME", "ID", "STATUS", "SIZE", "OUTCOME", "REASON")
-_OUTCOME = _COLUMNS.index("OUTCOME")
-_WIDEST_NAME, _NARROWEST = 30, 10
+_NAME, _OUTCOME, _REASON = 0, 4, 5
+_HELD = {"orphans": "of deleted images", "unmarked": "not linked here", "retired": "retired"}
+# No name is cut to less, and no reason pushes one under it.
+_NARROWEST = 16
 _COLOURS: dict[str, str] = {
     Outcome.LINKED: "green",
     Outcome.REPAIRED: "green",
     Outcome.WAITING: "cyan",
     Outcome.REFUSED: "red",
+    Outcome.DAMAGED: "red",
     Outcome.OCCUPIED: "yellow",
     Outcome.FAILED: "red",
+    Outcome.RESTORED: "green",
+    Outcome.RETIRED: "magenta",
     Outcome.PRUNED: "magenta",
 }
 
@@ -36,15 +41,20 @@ def exit_status(made: Pass) -> int:
     """The pass's own fault's, else 1 where an image failed, else 0. No fault is less severe than a failed image."""
     if made.fault is not None:
         return made.fault.exit_status
-    return int(bool(made.having({Outcome.FAILED})))
+    return int(any(result.verdict.outcome in FAULTS for result in made.results))
 
 
-def listed(made: Pass, present_too: bool) -> list[Result]:
-    """The results that a report lists one by one: all but those already present, unless they are asked for."""
-    if not present_too:
-        return [result for result in made.results if result.verdict.outcome is not Outcome.PRESENT]
+def listed(made: Pass, everything: bool) -> list[Result]:
+    """The results that a report lists one by one: those present or unknown to Glance only where they are asked for."""
+    if not everything:
+        return [
+            result
+            for result in made.results
+            if result.verdict.outcome is not Outcome.PRESENT and result.verdict.reason != UNKNOWN
+        ]
     # Of these nothing was asked, and the id is all that is known.
-    settled = (Result(Image(image_id, "", "", "", None), Verdict(Outcome.PRESENT)) for image_id in made.settled)
+    present = Verdict(Outcome.PRESENT)
+    settled = (Result(Image(image_id), cache_name(image_id), present) for image_id in made.settled)
     return [*made.results, *settled]
 
 
@@ -55,15 +65,23 @@ def counts(made: Pass) -> Counter[Outcome]:
     return found
 
 
-def document(made: Pass, present_too: bool) -> dict[str, Any]:
-    """The JSON document of one pass."""
+def unknown(made: Pass) -> list[int]:
+    """The sizes, in bytes, of the files in the store that Glance does not know."""
+    return [result.image.size or 0 for result in made.results if result.verdict.reason == UNKNOWN]
+
+
+def document(made: Pass, status: int, everything: bool) -> dict[str, Any]:
+    """The JSON document of one pass that ended with exit ``status``."""
     found = counts(made)
     return {
         "version": 1,
         "started_at": made.started_at.isoformat(),
         "duration_seconds": round(made.duration, 3),
         "dry_run": made.dry_run,
+        "exit_status": status,
+        "fault": None if made.fault is None else str(made.fault),
         "counts": {outcome.value: found[outcome] for outcome in Outcome},
+        "held": {kind: {"count": count, "bytes": size} for kind, (count, size) in made.held.items()},
         "images": [
             {
                 "id": image.id,
@@ -71,67 +89,77 @@ def document(made: Pass, present_too: bool) -> dict[str, Any]:
                 "status": image.status,
                 "disk_format": image.disk_format,
                 "size": image.size,
-                "cache_name": cache_name(image.id),
+                "cache_name": name,
                 "outcome": verdict.outcome.value,
                 "reason": verdict.reason,
             }
-            for image, verdict in ((result.image, result.verdict) for result in listed(made, present_too))
+            for image, name, verdict in listed(made, everything)
         ],
     }
 
 
-def held(made: Pass) -> list[int]:
-    """The sizes, in bytes, of the links that still hold the blocks of a deleted image after the pass."""
-    pruned = {result.image.id for result in made.having({Outcome.PRUNED})}
-    return [file.size for image_id, file in made.orphans.items() if image_id not in pruned]
-
-
 def summary(made: Pass) -> str:
-    """One line: how many images had which outcome, and how long the pass took."""
+    """One line: how many images had which outcome, what other bases hold, and how long it took."""
     found = counts(made)
     parts = [f"{found[outcome]} {outcome}" for outcome in Outcome if found[outcome]] or ["no images"]
-    pruned = made.having({Outcome.PRUNED})
-    freed = sum(made.orphans[result.image.id].size for result in pruned)
-    still = held(made)
-    if pruned:
+    freed = sum(result.image.size or 0 for result in made.results if result.verdict.outcome is Outcome.PRUNED)
+    if found[Outcome.PRUNED]:
         parts.append(f"{size_text(freed)} freed")
-    if still:
-        parts.append(f"{size_text(sum(still))} held by {len(still)} deleted image{'s' * (len(still) > 1)}")
+    parts += [f"{size_text(size)} held by {count} {_HELD[kind]}" for kind, (count, size) in made.held.items() if count]
+    if made.audit is not None:
+        images, without, size, seconds = made.audit
+        rate = size_text(int(size / seconds)) if seconds else "-"
+        parts.append(f"{images} verified, {size_text(size)} at {rate}/s, {without} without a checksum")
     return f"{'dry run: ' if made.dry_run else ''}{', '.join(parts)}, {made.duration:.1f} s"
 
 
-def table(results: Sequence[Result], width: int | None = None, colour: bool = False) -> str:
+def table(results: Sequence[Result], width: int | None = None, whole_ids: bool = False, colour: bool = False) -> str:
     """The results as aligned lines under a heading, or nothing where there are none.
 
-    With ``width`` no line takes more columns of the terminal: names are cut first, then reasons.
+    With ``width`` a line takes no more columns of a terminal where names and reasons can be cut for it; ids are whole
+    where they are asked for or there is room.
     """
     if not results:
         return ""
-    rows = [_COLUMNS, *(_row(result) for result in results)]
-    widths = [max(_width(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    rows: list[Sequence[str]] = [_COLUMNS, *(_row(result) for result in results)]
+    widths = _widths(rows)
     if width is not None:
-        spare = width - sum(widths[1:5]) - 2 * (len(widths) - 1)
-        widths[0] = min(widths[0], max(_NARROWEST, spare - widths[5]))
-        widths[5] = min(widths[5], max(_NARROWEST, spare - widths[0]))
+        room = width - 2 * (len(widths) - 1)
+        if sum(widths) > room and not whole_ids:
+            rows = [(name, image_id[:8], *rest) for name, image_id, *rest in rows]
+            widths = _widths(rows)
+        for column, narrowest in ((_REASON, _NARROWEST), (_NAME, _NARROWEST), (_REASON, 8), (_NAME, 8)):
+            over = max(0, sum(widths) - room)
+            widths[column] = max(min(widths[column], narrowest), widths[column] - over)
     lines = []
     for row in rows:
-        cells = [_padded(_fitted(cell, column), column) for cell, column in zip(row, widths, strict=True)]
+        cells = [_cell(cell, column) for cell, column in zip(row, widths, strict=True)]
         if colour:
-            cells[_OUTCOME] = click.style(cells[_OUTCOME], fg=_COLOURS.get(row[_OUTCOME]), bold=row is _COLUMNS)
+            cells[_OUTCOME] = click.style(cells[_OUTCOME], fg=_COLOURS.get(row[_OUTCOME]), bold=row is rows[0])
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
-def _row(result: Result) -> tuple[str, ...]:
-    image, verdict = result.image, result.verdict
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(wcwidth.width(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+
+
+def _row(result: Result) -> Sequence[str]:
+    image, name, verdict = result
     return (
-        _fitted(printable(image.name) or "-", _WIDEST_NAME),
-        printable(image.id)[:8],
-        _fitted(printable(image.status) or "-", _WIDEST_NAME),
+        printable(image.name) or "-",
+        printable(image.id) or name,
+        printable(image.status) or "-",
         size_text(image.size),
         verdict.outcome.value,
         printable(verdict.reason),
     )
+
+
+def _cell(text: str, width: int) -> str:
+    if wcwidth.width(text) > width:
+        text = f"{wcwidth.clip(text, 0, width - 1)}~"
+    return wcwidth.ljust(text, width)
 
 
 def size_text(size: int | None) -> str:
@@ -139,23 +167,6 @@ def size_text(size: int | None) -> str:
     if size is None:
         return "-"
     value, unit = float(size), 0
-    while value >= 1024 and unit < len(_UNITS) - 1:
+    while round(value, 1) >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.1f} {_UNITS[unit]}" if unit else f"{size} B"
-
-
-def _width(text: str) -> int:
-    """How many columns of a terminal ``text`` takes (Unicode TR 11: wide and fullwidth take two)."""
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
-
-
-def _fitted(text: str, width: int) -> str:
-    if _width(text) <= width:
-        return text
-    while _width(text) > width - 1:
-        text = text[:-1]
-    return f"{text}~"
-
-
-def _padded(text: str, width: int) -> str:
-    return text + " " * (width - _width(text))

@@ -2,97 +2,305 @@
 
 import contextlib
 import logging
+import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
-from ln_images import plan, prune
-from ln_images.disk import Disk
+from ln_images import inspection, plan
+from ln_images.disk import Disk, failure
 from ln_images.glance import Glance
 from ln_images.keystone import Connection
-from ln_images.model import CHANGES, Evidence, Image, Outcome, Pass, Result, Wanted
+from ln_images.model import (
+    CHANGES,
+    FAULTS,
+    Audit,
+    Base,
+    ConfigurationError,
+    File,
+    Image,
+    LnImagesError,
+    Look,
+    Options,
+    Outcome,
+    Pass,
+    Result,
+    Verdict,
+)
 
 LOG = logging.getLogger(__name__)
 # Past this many ids, asking for them in groups costs more than listing every image.
 LISTING_PAYS = 500
+# For how many seconds a process remembers that a file that has not changed gets no link.
+_RECALL = 600.0
+# What is logged though nothing was changed: it wants somebody to look.
+_ODD = frozenset({Outcome.REFUSED, Outcome.OCCUPIED})
+# Shows how far a list of a total size has come: it is told the size of each step.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a pass works with. ``prune_after`` is in seconds, and None where nothing is to be pruned.
+class Passes:
+    """Passes with the same options and one token, made one after another, and what is remembered between them.
 
-    ``watch`` gives the images back one by one, and may show how far it has come.
+    ``progress`` is entered with a label and the total.
     """
 
-    connection: Connection
-    glance: Glance
-    disk: Disk
-    wanted: Wanted
-    full: bool
-    dry_run: bool
-    prune_after: float | None
-    instances_dirs: tuple[str, ...]
-    uninterrupted: Callable[[], Any]
-    watch: Callable[[list[Image]], AbstractContextManager[Iterable[Image]]] = contextlib.nullcontext
+    def __init__(self, options: Options, connection: Connection, progress: Progress) -> None:
+        self._options, self._connection, self._progress = options, connection, progress
+        self._glance = Glance(connection)
+        self._entries: Mapping[str, File] = {}
+        self._judged: dict[str, tuple[File, float, Result]] = {}
+        self._told: dict[str, Verdict] = {}
+        self._directory: tuple[object, ...] = ()
+
+    def whole(self) -> Pass:
+        """Makes one pass. Raises where it could not be made: nothing on disk is touched before the list is whole.
+
+        It looks before it asks, so that what is known of the disk is never newer than Glance's word for it.
+        """
+        options = self._options
+        started_at, start = datetime.now(UTC), time.monotonic()
+        fault = None
+        with self._opened() as disk:
+            audit, audited = self._audit(disk) if options.verify else (None, {})
+            with self._locked(disk):
+                look = self._look(disk)
+                recalled = self._recalled(disk, look.unsettled)
+                images, unknown = self._ask(disk, look, recalled)
+                settled = () if options.full or options.verify else look.settled
+                known = frozenset(settled)
+                results = self._settle(disk, [image for image in images if image.id not in known], audited)
+                results += [*recalled, *self._unknown(disk, unknown)]
+                results += _broken(look.broken, results)
+            if options.prune:
+                cleaned, fault = self._clean_up(disk, look.bases, images, started_at.timestamp())
+                results += cleaned
+            if options.every is not None:
+                self._remember(disk, results)
+            self._tell_of_directory(disk, look.downloads)
+            room, directory = disk.room(), disk.directory()
+        told, self._told = self._told, {}
+        self._tell(results, told)
+        return Pass(
+            started_at=started_at,
+            duration=time.monotonic() - start,
+            dry_run=options.dry_run,
+            results=results,
+            settled=settled,
+            held=_held(look.bases, results),
+            room=room,
+            directory=directory,
+            fault=fault,
+            audit=audit,
+        )
+
+    def narrow(self, ids: Collection[str]) -> Pass:
+        """Makes a pass for a few images alone, without a look at the rest. Raises as :meth:`whole` does."""
+        started_at, start = datetime.now(UTC), time.monotonic()
+        with self._opened() as disk, self._locked(disk):
+            results = self._settle(disk, self._glance.images_of(sorted(ids)), {})
+        self._tell(results, self._told.copy())
+        return Pass(started_at, time.monotonic() - start, self._options.dry_run, results)
+
+    def _opened(self) -> Disk:
+        # Opened for each pass: a long run notices when a directory has been replaced or mounted over.
+        return Disk(self._options.images_dir, self._options.cache_dir)
+
+    def _locked(self, disk: Disk) -> AbstractContextManager[None]:
+        # A dry run changes nothing, so it neither waits for a run at work nor makes the next one fail.
+        return contextlib.nullcontext() if self._options.dry_run else disk.locked(self._options.every or 0)
+
+    def _look(self, disk: Disk) -> Look:
+        if self._options.every is None:
+            return plan.look(disk.sources(), disk.entries({}), self._options)
+        before, self._entries = self._entries, {}
+        return plan.look(disk.sources(), _noted(disk.entries(before), self._entries), self._options)
+
+    def _ask(self, disk: Disk, look: Look, recalled: Iterable[Result]) -> tuple[list[Image], list[str]]:
+        """The images that this pass is about, and the ids of files that Glance does not know.
+
+        Raises ConfigurationError where store and cloud do not belong together.
+        """
+        options = self._options
+        ids = sorted(set(look.unsettled).difference(result.image.id for result in recalled))
+        everything = options.full or options.prune or options.verify or len(ids) > LISTING_PAYS
+        images = self._glance.images(None if everything else ids)
+        known = {image.id for image in images}
+        if not look.settled and not look.unsettled:
+            self._refuse_unmounted(disk, images if everything else None)
+        if options.prune and look.settled and known.isdisjoint(look.settled):
+            raise ConfigurationError(
+                "Glance knows none of the images that are linked here: the credential is another cloud's, or another"
+                " region's; nothing was touched"
+            )
+        checked = [*ids, *look.settled] if options.full else ids
+        return images, [image_id for image_id in checked if image_id not in known]
+
+    def _refuse_unmounted(self, disk: Disk, images: Iterable[Image] | None) -> None:
+        """Raises ConfigurationError where Glance has images and the store has no file of any."""
+        active = self._glance.has_active() if images is None else any(i.status == "active" and i.size for i in images)
+        # An image may have been finished meanwhile.
+        if active and not any(plan.is_image_id(name) for names in disk.sources().values() for name in names):
+            raise ConfigurationError(
+                f"Glance has active images and none of them has a file in {self._options.images_dir}: is its volume"
+                " mounted, or is --images-dir another?"
+            )
+
+    def _settle(self, disk: Disk, images: Sequence[Image], audited: Mapping[str, Verdict]) -> list[Result]:
+        results = []
+        with self._progress("Linking", len(images)) as progress:
+            for image in images:
+                with uninterrupted():
+                    verdict = (
+                        plan.judge_image(image, self._options)
+                        or audited.get(image.id)
+                        or disk.settle(image, self._options)
+                    )
+                    results.append(Result(image, plan.cache_name(image.id), verdict))
+                    self._tell_of_change(results[-1])
+                progress(1)
+        return results
+
+    def _unknown(self, disk: Disk, ids: Iterable[str]) -> Iterator[Result]:
+        for image_id in ids:
+            source = disk.source(image_id)
+            if source is not None:
+                image = Image(image_id, size=source.size)
+                yield Result(image, plan.cache_name(image_id), Verdict(Outcome.SKIPPED, plan.UNKNOWN))
+
+    def _clean_up(
+        self, disk: Disk, bases: Sequence[Base], images: Sequence[Image], now: float
+    ) -> tuple[list[Result], LnImagesError | None]:
+        """Without the lock, since asking Nova takes its time: what is done is first looked at again."""
+        from ln_images.prune import clean_up
+
+        results: list[Result] = []
+        try:
+            for result in clean_up(self._options, self._connection, self._glance, disk, bases, images, now):
+                results.append(result)
+                self._tell_of_change(result)
+        except LnImagesError as error:
+            return results, error
+        return results, None
+
+    def _audit(self, disk: Disk) -> tuple[Audit, dict[str, Verdict]]:
+        """Reads every image that is linked or would be, without the lock; the verdict on each that is not right."""
+        start = time.monotonic()
+        images = [image for image in self._glance.images() if plan.judge_image(image, self._options) is None]
+        here = [image for image in images if (file := disk.source(image.id)) and file.size == image.size]
+        checkable = [image for image in here if inspection.can_digest(image.checksum)]
+        verdicts = {}
+        read = 0
+        with self._progress("Verifying", sum(image.size or 0 for image in checkable)) as progress:
+            for image in checkable:
+                verdict = self._verify(disk, image, progress)
+                read += image.size or 0
+                if verdict is not None:
+                    verdicts[image.id] = verdict
+        return Audit(len(checkable), len(here) - len(checkable), read, time.monotonic() - start), verdicts
+
+    def _verify(self, disk: Disk, image: Image, progress: Callable[[int], None]) -> Verdict | None:
+        """Why an image is not what was uploaded. What is damaged reads the same twice, and Glance still has it."""
+        algorithm, uploaded = image.checksum
+        try:
+            with disk.opened(image.id) as source:
+                found = uploaded if source is None else inspection.digest(source, algorithm, progress)
+                if source is None or found == uploaded:
+                    return None
+                if inspection.digest(source, algorithm, lambda _: None) != found or not os.fstat(source).st_nlink:
+                    return None
+        except OSError as error:
+            return failure(error)
+        still = self._glance.images_of([image.id])
+        if not any(one.checksum == image.checksum and one.status == "active" for one in still):
+            return None
+        return Verdict(Outcome.DAMAGED, f"{algorithm} is {found[:8]}..., Glance says {uploaded[:8]}...")
+
+    def _recalled(self, disk: Disk, unsettled: Iterable[str]) -> list[Result]:
+        """What is known from an earlier pass of files that get no link, as long as they have not changed."""
+        now = time.monotonic()
+        wanted = (self._judged[image_id] for image_id in unsettled if image_id in self._judged)
+        return [result for file, until, result in wanted if now < until and disk.source(result.image.id) == file]
+
+    def _remember(self, disk: Disk, results: Iterable[Result]) -> None:
+        """Keeps for a while what only another file could change: not what may become active, or is in the way."""
+        until = time.monotonic() + _RECALL
+        before, self._judged = self._judged, {}
+        for result in results:
+            image, _, verdict = result
+            if verdict.outcome in (Outcome.SKIPPED, Outcome.REFUSED) and image.status in ("active", ""):
+                file = disk.source(image.id) if plan.is_image_id(image.id) else None
+                known = before.get(image.id)
+                if known is not None and known[2] is result:
+                    self._judged[image.id] = known
+                elif file is not None:
+                    self._judged[image.id] = (file, until, result)
+
+    def _tell_of_change(self, result: Result) -> None:
+        if result.verdict.outcome in CHANGES and not self._options.dry_run:
+            LOG.info("%s", _line(result))
+
+    def _tell(self, results: Iterable[Result], told: Mapping[str, Verdict]) -> None:
+        """Logs what wants somebody to look, once for as long as it stands; the report has it in each pass."""
+        for result in results:
+            _, name, verdict = result
+            if verdict.outcome in FAULTS | _ODD:
+                self._told[name] = verdict
+                if verdict != told.get(name) and verdict.outcome in FAULTS:
+                    LOG.error("%s", _line(result))
+                elif verdict != told.get(name):
+                    LOG.warning("%s", _line(result), extra={"file_only": True})
+
+    def _tell_of_directory(self, disk: Disk, downloads: Mapping[str, File]) -> None:
+        leftovers = [file.size for file in downloads.values() if not plan.is_downloading(file, time.time())]
+        text = "%s belongs to %d:%d, Nova must be able to write there; leftovers of downloads: %d, %d bytes"
+        told = (self._options.cache_dir, *disk.directory(), len(leftovers), sum(leftovers))
+        if told != self._directory:
+            LOG.debug(text, *told)
+        self._directory = told
 
 
-def run_pass(job: Job) -> Pass:
-    """Makes one pass. Raises where it could not be made: nothing on disk is touched before the list is whole.
-
-    It looks before it asks, so that what is known of the disk is never newer than Glance's word for it.
-    """
-    started_at, start = datetime.now(UTC), time.monotonic()
-    # A dry run changes nothing, so it neither waits for a run at work nor makes the next one fail.
-    with contextlib.nullcontext() if job.dry_run else job.disk.locked():
-        look = plan.look(job.disk.sources(), job.disk.entries(), job.wanted)
-        settled = () if job.full else look.settled
-        known = frozenset(settled)
-        asked = job.glance.images(None if job.full or len(look.unsettled) > LISTING_PAYS else look.unsettled)
-        with job.watch([image for image in asked if image.id not in known]) as images:
-            results = [_settle(job, image) for image in images]
-    # Without the lock, since asking Nova takes its time: nothing links an orphan's name, and what is removed is
-    # first looked at again.
-    fault = None
-    if job.prune_after is not None:
-        pruned, fault = prune.prune(job, look.orphans, Evidence(started_at.timestamp(), job.prune_after))
-        results += [_logged(job, result) for result in pruned]
-    return Pass(
-        started_at=started_at,
-        duration=time.monotonic() - start,
-        dry_run=job.dry_run,
-        results=tuple(results),
-        room=job.disk.room(),
-        settled=settled,
-        orphans=look.orphans,
-        fault=fault,
-    )
+def _noted(entries: Iterable[tuple[str, File | str]], files: dict[str, File]) -> Iterator[tuple[str, File | str]]:
+    for name, entry in entries:
+        if not isinstance(entry, str):
+            files[name] = entry
+        yield name, entry
 
 
-def _settle(job: Job, image: Image) -> Result:
-    with uninterrupted():
-        verdict = plan.judge_image(image, job.wanted) or job.disk.settle(image, job.wanted, job.dry_run)
-        return _logged(job, Result(image, verdict))
+def _broken(broken: Mapping[str, str], results: Iterable[Result]) -> list[Result]:
+    """The entries that could not be looked at and of which no image has told."""
+    told = {result.cache_name for result in results}
+    return [
+        Result(Image(""), name, Verdict(Outcome.FAILED, reason)) for name, reason in broken.items() if name not in told
+    ]
 
 
-def _logged(job: Job, result: Result) -> Result:
-    """Logs what was changed or failed, and nothing of what stands: that would be every image, every 10 seconds."""
-    image, verdict = result.image, result.verdict
-    what = f"{image.id}{image.name and f' ({image.name})'} as {plan.cache_name(image.id)}"
-    if verdict.outcome is Outcome.FAILED:
-        LOG.error("failed: %s: %s", what, verdict.reason)
-    elif verdict.outcome in CHANGES and not job.dry_run:
-        LOG.info("%s: %s%s", verdict.outcome, what, verdict.reason and f": {verdict.reason}")
-    return result
+def _held(bases: Sequence[Base], results: Iterable[Result]) -> dict[str, tuple[int, int]]:
+    """How many bases, and how many bytes, each kind holds after the pass."""
+    done = {result.cache_name: result.verdict.outcome for result in results}
+    held = {"orphans": (0, 0), "unmarked": (0, 0), "retired": (0, 0)}
+    for base in bases:
+        outcome = done.get(base.name)
+        if outcome in (Outcome.PRUNED, Outcome.RESTORED) and base.retired:
+            continue
+        kind = "retired" if outcome is Outcome.RETIRED else base.kind
+        count, size = held[kind]
+        held[kind] = (count + 1, size + base.file.size)
+    return held
+
+
+def _line(result: Result) -> str:
+    image, name, verdict = result
+    what = f"{image.id}{image.name and f' ({image.name})'} as {name}" if image.id else name
+    return f"{verdict.outcome}: {what}{verdict.reason and f': {verdict.reason}'}"
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back, so that a run stops between images."""
-    signals = {signal.SIGINT, signal.SIGTERM}
+    """Holds signals that end a run back, so that it stops between images."""
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield

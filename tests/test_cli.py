@@ -18,7 +18,7 @@ import ln_images
 from cloud import wait_until
 from conftest import COMMAND, OWNER, SCHEMA, Node, needs_root
 from ln_images.cli import main
-from ln_images.disk import MARK
+from ln_images.inode import MARK
 
 DATA = b"\1" * 100_000
 
