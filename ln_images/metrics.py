@@ -135,8 +135,4 @@ class Textfile:
 
 
 def _times(prefix: str) -> tuple[str, str, str]:
-    return (
-        f"{prefix}exit_status",
-        f"{prefix}last_pass_timestamp_seconds",
-        f"{prefix}last_success_timestamp_seconds",
-    )
+    return (f"{prefix}exit_status", f"{prefix}last_pass_timestamp_seconds", f"{prefix}last_success_timestamp_seconds")

@@ -136,13 +136,7 @@ OPTIONS: list[click.Parameter] = [
         envvar=["LN_IMAGES_OS_CLOUD", "OS_CLOUD"],
         help="A clouds.yaml entry; needs ln-images[clouds]. Otherwise OS_* from the environment.",
     ),
-    _option(
-        "--timeout",
-        metavar="SECONDS",
-        type=_Seconds(),
-        default=30,
-        help="For each HTTP request.",
-    ),
+    _option("--timeout", metavar="SECONDS", type=_Seconds(), default=30, help="For each HTTP request."),
     _option("--full", is_flag=True, help="Ask Glance about every image, not just those not yet linked."),
     _option(
         "--every",

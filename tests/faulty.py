@@ -156,10 +156,7 @@ class Authority:
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        return (
-            self._write(f"{name}.crt", self._sign(subject, key.public_key())),
-            self._write(f"{name}.key", private),
-        )
+        return (self._write(f"{name}.crt", self._sign(subject, key.public_key())), self._write(f"{name}.key", private))
 
     def server(self, demand_certificate: bool) -> ssl.SSLContext:
         """What a server needs to speak https, and to want a certificate of this authority from its clients."""

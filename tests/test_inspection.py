@@ -113,11 +113,7 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
         "qcow2 with a backing file, with an external data file",
     ),
     "version 1": ("qcow2", qemu("qcow"), "qcow2 of an unknown version or with unknown features"),
-    "version 4": (
-        "qcow2",
-        patched(corpus.QCOW2, {7: b"\4"}),
-        "qcow2 of an unknown version or with unknown features",
-    ),
+    "version 4": ("qcow2", patched(corpus.QCOW2, {7: b"\4"}), "qcow2 of an unknown version or with unknown features"),
     "extended L2 entries": (
         "qcow2",
         qemu("qcow2", "-o", "extended_l2=on"),
@@ -175,11 +171,7 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
     "a vmdk of version 3 with a parent": ("raw", corpus.VMDK_3, but("vmdk", "raw")),
     "a vmdk that gives its type late": ("raw", corpus.VMDK_LATE, but("vmdk", "raw")),
     "a vmdk that gives its type oddly": ("raw", corpus.VMDK_ODD, but("vmdk", "raw")),
-    "a vmdk as a CD": (
-        "iso",
-        patched(data(b"version=1\n", 64 * KIB), ISO),
-        but("iso and vmdk", "iso"),
-    ),
+    "a vmdk as a CD": ("iso", patched(data(b"version=1\n", 64 * KIB), ISO), but("iso and vmdk", "iso")),
     "three bytes, which QEMU fills up with zeros": ("raw", data(b"QED"), but("qed", "raw")),
 }
 

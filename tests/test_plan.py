@@ -107,12 +107,7 @@ def test_glances_word_alone_decides(change: dict[str, object], outcome: str, rea
             "occupied",
             "another file has the cache name, and differs: 7 bytes, the image has 1000",
         ),
-        (
-            SOURCE,
-            LINK._replace(inode=12, mode=stat.S_IFLNK | 0o777),
-            "occupied",
-            "the cache name is a symbolic link",
-        ),
+        (SOURCE, LINK._replace(inode=12, mode=stat.S_IFLNK | 0o777), "occupied", "the cache name is a symbolic link"),
     ],
 )
 def test_the_disk_decides(source: File | None, entry: File | None, outcome: str, reason: str) -> None:
@@ -121,8 +116,7 @@ def test_the_disk_decides(source: File | None, entry: File | None, outcome: str,
 
 
 @pytest.mark.parametrize(
-    ("source", "entry", "outcome"),
-    [(None, None, "waiting"), (SOURCE, None, "waiting"), (SOURCE, LINK, "present")],
+    ("source", "entry", "outcome"), [(None, None, "waiting"), (SOURCE, None, "waiting"), (SOURCE, LINK, "present")]
 )
 def test_an_image_that_is_being_copied_into_a_store_waits(
     source: File | None, entry: File | None, outcome: str

@@ -374,10 +374,7 @@ def test_a_server_on_any_page_keeps_its_base(node: Node, nova: Compute, use: str
     assert node.entry(gone).exists()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"status": "RESCUE"}, {"status": "REBUILD"}, {"task": "rebuild_spawning"}],
-)
+@pytest.mark.parametrize("changes", [{"status": "RESCUE"}, {"status": "REBUILD"}, {"task": "rebuild_spawning"}])
 def test_a_server_between_images_keeps_everything(node: Node, nova: Compute, changes: dict[str, str]) -> None:
     """While a server is rescued, rebuilt or unshelved, nothing is pruned, and the report says which server."""
     gone = deleted_image(node)
