@@ -9,7 +9,13 @@ OPENSTACK := .openstack
 export CLOUD_VENV := $(CURDIR)/$(CLOUD)
 export OPENSTACK_VENV := $(CURDIR)/$(OPENSTACK)
 
-.PHONY: demo cloud test bench lint clean
+# Each worker has a cloud of its own. Three keep two cores at work, since tests also wait; without any, a few
+# tests are through before the workers would have begun.
+PYTEST = -m pytest -n $(WORKERS) --dist loadgroup
+test: WORKERS := 3
+test-module: WORKERS := 0
+
+.PHONY: demo cloud test test-module bench lint clean
 
 demo: $(VENV)/installed $(CLOUD)/installed
 	@$(VENV)/bin/python tests/demo.py
@@ -20,9 +26,13 @@ cloud: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed
 test: lint $(CLOUD)/installed
 	@tests/need.sh "command -v qemu-img" qemu-utils
 	$(VENV)/bin/coverage erase
-	$(VENV)/bin/coverage run -m pytest
+	$(VENV)/bin/coverage run $(PYTEST)
 	$(VENV)/bin/coverage combine --quiet
 	$(VENV)/bin/coverage report
+
+test-module: $(VENV)/installed $(CLOUD)/installed
+	@tests/need.sh "command -v qemu-img" qemu-utils
+	$(VENV)/bin/python $(PYTEST) tests/test_$(MODULE).py $(if $(TESTS),-k "$(TESTS)")
 
 bench: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed
 	@$(VENV)/bin/python tests/bench.py

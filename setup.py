@@ -10,7 +10,16 @@ VERSION = re.findall(r'__version__ = "(.+)"', (HERE / "ln_images" / "__init__.py
 
 CLOUDS = ["openstacksdk>=1.0.0"]
 METRICS = ["prometheus-client>=0.16.0"]
-TEST = [*CLOUDS, *METRICS, "coverage>=7.4", "hypothesis>=6.90", "jsonschema>=4.20", "pytest>=8.0", "requests>=2.28"]
+TEST = [
+    *CLOUDS,
+    *METRICS,
+    "coverage>=7.10",
+    "hypothesis>=6.90",
+    "jsonschema>=4.20",
+    "pytest>=8.0",
+    "pytest-xdist>=3.5",
+    "requests>=2.28",
+]
 
 setup(
     name="ln-images",

@@ -1,4 +1,4 @@
-"""One real cloud for all tests, and a storage node on which the real command is run."""
+"""A real cloud for all the tests of a worker, and a storage node on which the real command is run."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from hypothesis import HealthCheck, settings
 
 from cloud import ROOT, Cloud
 
@@ -21,6 +22,9 @@ from cloud import ROOT, Cloud
 # background has them ignore SIGINT, and so would the command that they start.
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.default_int_handler)
+# How long an example takes says how busy the machine is, and nothing of what is tested.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "tests" / "report.schema.json").read_text()))
 COMMAND = Path(sys.executable).with_name("ln-images")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -108,7 +112,7 @@ class Node:
 
 @pytest.fixture(scope="session")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    """The real Keystone and Glance, for the whole run of the tests."""
+    """The real Keystone and Glance, for the whole run of the tests, or of those that one worker has."""
     with Cloud(tmp_path_factory.mktemp("cloud") / "cloud") as running:
         yield running
 

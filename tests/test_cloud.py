@@ -77,7 +77,7 @@ def everything(node: Node) -> dict[Path, tuple[int, ...]]:
     return {path: (s.st_ino, s.st_mode, s.st_uid, s.st_gid, s.st_nlink, s.st_ctime_ns) for path, s in found.items()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def identity(cloud: Cloud) -> Adapter:
     """Keystone's API, with one token for all tests."""
     return cloud.identity()
@@ -106,7 +106,7 @@ def front(node: Node, identity: Adapter) -> Iterator[Front]:
 # Credentials
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def facts(cloud: Cloud) -> dict[str, str]:
     """What the variables of ``WAYS`` are filled in with."""
     who = cloud.as_user()

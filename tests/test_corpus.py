@@ -18,6 +18,8 @@ from cloud import Cloud
 from conftest import Node, needs_root
 from corpus import ISO, LINUX, MIB, PROTECTIVE, Make, data, mbr, patched, qemu
 
+# One run meets the whole corpus, so one worker must have all of its tests.
+pytestmark = pytest.mark.xdist_group("corpus")
 UPPER = "ABCDEF00-8375-44C9-B1F4-3E1F4C4A8EF0"
 # A name that clears the screen, colours it, forges a line, turns the text around and rings the bell.
 EVIL = "\x1b[2J\x1b[31m\r\nlinked: root\u202e\x07\x9b31m\u2028\x00"

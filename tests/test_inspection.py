@@ -229,10 +229,10 @@ def test_only_the_last_footer_of_a_vmdk_counts(tmp_path: Path) -> None:
 
 
 def read_by(act: Callable[[], object]) -> int:
-    """How many bytes this process reads while it acts (proc_pid_io(5))."""
+    """How many bytes this thread reads while it acts (proc_pid_io(5))."""
 
     def so_far() -> int:
-        return int(Path("/proc/self/io").read_text().split()[1])
+        return int(Path("/proc/thread-self/io").read_text().split()[1])
 
     start = so_far()
     overhead = so_far() - start
@@ -363,14 +363,13 @@ def has_a_verdict(content: bytes, disk_format: str) -> None:
     assert reason is None or re.fullmatch(r"[A-Za-z0-9_ ,()]+", reason)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=2 * KIB), st.sampled_from(DISK_FORMATS) | st.text(string.ascii_lowercase))
 def test_any_bytes_have_a_verdict(content: bytes, disk_format: str) -> None:
     """Whatever the bytes, and whatever Glance says they are, there is a verdict and never an exception."""
     has_a_verdict(content, disk_format)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(some_head, edits, lengths, st.sampled_from(DISK_FORMATS))
 def test_any_broken_header_has_a_verdict(
     heads: Path, head: str, changes: dict[int, bytes], length: int | None, disk_format: str
@@ -379,7 +378,7 @@ def test_any_broken_header_has_a_verdict(
     has_a_verdict(edited((heads / head).read_bytes(), changes, length), disk_format)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(some_head, edits, lengths)
 def test_what_is_accepted_qemu_takes_for_the_same(
     heads: Path, head: str, changes: dict[int, bytes], length: int | None

@@ -13,6 +13,7 @@ from nfs import SERVER, Nfs
 
 # Debian starts the server that it installs: that is for whoever wants these tests to decide, and for CI.
 pytestmark = [
+    pytest.mark.xdist_group("nfs"),
     needs_root,
     pytest.mark.skipif(
         not (shutil.which(SERVER) and shutil.which("nfs-cat")),

@@ -5,17 +5,19 @@ import os
 import re
 import stat
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from keystoneauth1.exceptions import NotFound
 
 from cloud import REGION, wait_until
 from compute import Compute, Fault
 from compute import server as a_server
-from conftest import COMMAND, NO_OPENRC, Node, block
+from conftest import COMMAND, NO_OPENRC, OWNER, Node, block
 from faulty import Answer, Faulty
 from ln_images.disk import MARK, Disk
 from ln_images.instances import backing_names
@@ -282,12 +284,37 @@ def nova(node: Node) -> Iterator[Compute]:
     identity.delete(f"/services/{service}")
 
 
-def deleted_image(node: Node) -> str:
+def linked_and_deleted(node: Node) -> str:
     """An image that was linked and then deleted from Glance."""
     image = node.cloud.image("deleted", DATA)
     assert node.outcomes()[image] == ("linked", "")
     node.cloud.delete(image)
     return image
+
+
+def deleted_image(node: Node) -> str:
+    """What is left of such an image, made by hand in a moment."""
+    image = str(uuid.uuid4())
+    entry = node.entry(image)
+    entry.write_bytes(DATA)
+    os.chown(entry, *OWNER)
+    entry.chmod(0o644)
+    os.setxattr(entry, MARK, image.encode())
+    return image
+
+
+def test_what_is_left_of_a_deleted_image(node: Node) -> None:
+    """The tests here begin with what linking and deleting leave: one file with one name, Glance's answer a 404."""
+    for image in (linked_and_deleted(node), deleted_image(node)):
+        status = node.entry(image).lstat()
+        assert (status.st_uid, status.st_gid) == OWNER
+        assert (stat.S_IMODE(status.st_mode), status.st_nlink, status.st_size) == (0o644, 1, len(DATA))
+        assert {name: os.getxattr(node.entry(image), name) for name in os.listxattr(node.entry(image))} == {
+            MARK: image.encode()
+        }
+        assert not (node.images / image).exists()
+        with pytest.raises(NotFound):
+            node.cloud.image_api().get(f"/images/{image}")
 
 
 def prune(node: Node, *arguments: str, status: int = 0, after: str = "0") -> dict[str, tuple[str, str]]:
@@ -298,7 +325,7 @@ def prune(node: Node, *arguments: str, status: int = 0, after: str = "0") -> dic
 
 def test_an_image_that_nothing_needs_is_pruned_and_a_second_prune_finds_nothing(node: Node, nova: Compute) -> None:
     """Linked first, then pruned: the entry of a deleted image goes, every other one stays."""
-    gone, stays = deleted_image(node), node.cloud.image("stays", DATA)
+    gone, stays = linked_and_deleted(node), node.cloud.image("stays", DATA)
     nova.servers = [a_server(f"s{n}", stays) for n in range(7)]
     outcomes = prune(node)
     assert outcomes[stays] == ("linked", "")
@@ -318,7 +345,7 @@ def test_a_dry_run_asks_everything_and_removes_nothing(node: Node, nova: Compute
 
 def test_what_orphans_hold_is_told_without_prune(node: Node) -> None:
     """The disk alone tells how much the links of deleted images hold, in every pass."""
-    gone = deleted_image(node)
+    gone = linked_and_deleted(node)
     run = node.run()
     assert ", 4.9 KiB held by 1 deleted image, " in run.stdout
     assert node.entry(gone).exists()
@@ -344,7 +371,7 @@ def test_a_young_orphan_is_kept_and_nothing_is_asked(node: Node, nova: Compute) 
 
 def test_the_credential_of_the_readme_suffices(node: Node, nova: Compute) -> None:
     """With the rules that the README gives, Glance and Nova are asked all that pruning asks them."""
-    gone = deleted_image(node)
+    gone = linked_and_deleted(node)
     user = node.cloud.add_user("least", "least", "admin")
     rules = json.loads(block("access rules"))
     openrc = node.cloud.application_credential(user, roles=[{"name": "admin"}], access_rules=rules)
@@ -478,7 +505,7 @@ def test_a_cloud_without_nova_keeps_everything(node: Node) -> None:
 
 def test_a_plain_member_prunes_nothing(node: Node, nova: Compute) -> None:
     """To a member Glance answers 404 for other projects' images, too: only an administrator's token may prune."""
-    gone = deleted_image(node)
+    gone = linked_and_deleted(node)
     node.cloud.add_user("pruner", "pruners", "member")
     run = node.run("--prune", "--prune-after", "0", "-q", **node.cloud.environment("pruner", "pruners"))
     assert run.returncode == 2
