@@ -39,7 +39,7 @@ setup(
         "keystoneauth1>=5.1.0",
         "oslo.utils[image-inspection]>=8.0.0",
         "python-glanceclient>=4.2.0",
-        "wcwidth>=0.5",
+        "wcwidth>=0.3.0",
     ],
     extras_require={
         "clouds": CLOUDS,

@@ -3,6 +3,7 @@
 import grp
 import pwd
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -27,18 +28,14 @@ class _Seconds(click.FloatRange):
         return seconds
 
 
-class _DiskFormat(click.Choice[str]):
-    """One of those that can be linked."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if str(value).lower() not in DISK_FORMATS:
-            self.fail(
+def _disk_formats(_context: click.Context, _option: click.Parameter, values: Sequence[str]) -> tuple[str, ...]:
+    for value in values:
+        if value.lower() not in DISK_FORMATS:
+            raise click.BadParameter(
                 f"{value!r} is none of {', '.join(DISK_FORMATS)}: QEMU would have to convert any other, and a VMDK can"
-                " name files of the host",
-                param,
-                ctx,
+                " name files of the host"
             )
-        return str(value).lower()
+    return tuple(value.lower() for value in values)
 
 
 def _duration(_context: click.Context, _option: click.Parameter, value: str) -> int:
@@ -127,7 +124,7 @@ OPTIONS: list[click.Parameter] = [
         metavar="NAME",
         multiple=True,
         default=DISK_FORMATS,
-        type=_DiskFormat(DISK_FORMATS),
+        callback=_disk_formats,
         help="Formats to link; repeatable.",
     ),
     _option(
