@@ -216,9 +216,11 @@ class Disk:
 
     def _is_raw(self, name: str) -> bool:
         """Whether a cache entry is a regular file and no qcow2."""
-        with opened(name, self._cache) as descriptor:
+        # What is no file there, or none any more, need not open.
+        with contextlib.suppress(OSError), opened(name, self._cache) as descriptor:
             is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
             return is_file and os.pread(descriptor, 4, 0) != inspection.QCOW2
+        return False
 
     def _refuse_quota(self, source: int) -> None:
         """Says that a project quota keeps every link out, before anything is changed (xfs(5), ext4(5): EXDEV)."""

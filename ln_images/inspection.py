@@ -85,9 +85,8 @@ def objection(descriptor: int, disk_format: str) -> str | None:
         names = set(found) if probed is None else found.keys() - {"raw"} | {probed}
         if names not in accepted:
             found_names = " and ".join(sorted(names))
-            return (
-                f"the content is {found_names}, Glance says {disk_format}: upload it again as that, and delete this one"
-            )
+            mend = "upload it again as what it is, and delete this one"
+            return f"the content is {found_names}, Glance says {disk_format}: {mend}"
         if probed is not None and probed not in found:
             return f"{disk_format} of a kind that cannot be checked"
         if not decided:

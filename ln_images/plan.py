@@ -130,9 +130,9 @@ def judge_files(image: Image, source: File | None, entry: File | None, options: 
     if not stat.S_ISREG(source.mode):
         return Verdict(Outcome.REFUSED, f"the file is {_KINDS.get(stat.S_IFMT(source.mode), 'not regular')}")
     size = image.size or 0
+    if source.size != size and entry is not None and entry.same(source) and not copying:
+        return Verdict(Outcome.DAMAGED, f"the linked file has {source.size} of {size} bytes: see docs/recovery.md")
     if source.size < size:
-        if entry is not None and entry.same(source) and not copying:
-            return Verdict(Outcome.DAMAGED, f"the linked file has {source.size} of {size} bytes: see docs/recovery.md")
         return Verdict(Outcome.WAITING, f"{source.size} of {size} bytes are here")
     if source.size > size:
         return Verdict(Outcome.REFUSED, f"the file has {source.size} bytes, Glance says {size}")

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import string
-import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ import corpus
 from corpus import ISO, KIB, LINUX, MIB, PROTECTIVE, Make, data, mbr, patched, qemu
 from ln_images.inspection import objection
 
-DISK_FORMATS = ("raw", "ami", "aki", "ari", "iso", "qcow2", "vmdk", "vhd", "vhdx", "vdi", "ploop")
+DISK_FORMATS = ("raw", "ami", "aki", "ari", "iso", "qcow2")
 GPT = mbr(PROTECTIVE) + b"EFI PART".ljust(512, b"\0")
 MARKER = b"passw0rd"
 
@@ -75,11 +73,6 @@ ACCEPTED: dict[str, tuple[str, Make]] = {
         "qcow2",
         qemu("qcow2", "-o", "compression_type=zstd,lazy_refcounts=on,preallocation=metadata,cluster_size=2M"),
     ),
-    "a sparse vmdk": ("vmdk", qemu("vmdk")),
-    "a stream-optimized vmdk": ("vmdk", qemu("vmdk", "-o", "subformat=streamOptimized")),
-    "vdi": ("vdi", qemu("vdi")),
-    "vhdx": ("vhdx", qemu("vhdx")),
-    "vhd": ("vhd", qemu("vpc")),
 }
 
 
@@ -91,12 +84,13 @@ def test_what_is_as_glance_says_and_safe_is_accepted(tmp_path: Path, what: str) 
     assert judge(tmp_path / "image", disk_format) is None
     seen = taken_for(str(tmp_path / "image"))
     assert seen
-    assert seen["format"] == {"vhd": "vpc"}.get(disk_format, disk_format if disk_format[0] in "qv" else "raw")
+    assert seen["format"] == ("qcow2" if disk_format == "qcow2" else "raw")
 
 
 def but(content: str, said: str) -> str:
     """The reason where content is something else than Glance says."""
-    return f"the content is {content}, Glance says {said}"
+    mend = "upload it again as what it is, and delete this one"
+    return f"the content is {content}, Glance says {said}: {mend}"
 
 
 REFUSED: dict[str, tuple[str, Make, str]] = {
@@ -137,7 +131,6 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
     "qcow2 as a ramdisk": ("ari", corpus.BACKED, but("qcow2", "ari")),
     "qcow2 as a machine image": ("ami", corpus.BACKED, but("qcow2", "ami")),
     "qcow2 as a CD": ("iso", corpus.QCOW2, but("qcow2", "iso")),
-    "qcow2 as vmdk": ("vmdk", corpus.QCOW2, but("qcow2", "vmdk")),
     "raw as qcow2": ("qcow2", data(size=MIB), but("raw", "qcow2")),
     "a partitioned disk as qcow2": ("qcow2", data(mbr(LINUX), MIB), but("gpt", "qcow2")),
     "raw as a CD": ("iso", data(size=MIB), but("raw", "iso")),
@@ -151,10 +144,6 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
     "vhdx as raw": ("raw", qemu("vhdx"), but("vhdx", "raw")),
     "qed as raw": ("raw", qemu("qed"), but("qed", "raw")),
     "LUKS as raw": ("raw", corpus.LUKS, but("luks", "raw")),
-    "a fixed vhd, which has only a footer": ("vhd", qemu("vpc", "-o", "subformat=fixed"), but("raw", "vhd")),
-    "ploop": ("ploop", data(size=MIB), "ploop content cannot be checked"),
-    "qed": ("qed", qemu("qed"), "qed content cannot be checked"),
-    "no disk format": ("", data(size=MIB), " content cannot be checked"),
     "qcow2 and CD in one": ("qcow2", patched(corpus.QCOW2, ISO), but("iso and qcow2", "qcow2")),
     "CD and qcow2 in one": ("iso", patched(corpus.QCOW2, ISO), but("iso and qcow2", "iso")),
     "qcow2 and disk in one": ("qcow2", patched(corpus.QCOW2, {510: b"\x55\xaa"}), but("gpt and qcow2", "qcow2")),
@@ -193,41 +182,6 @@ def test_the_hidden_dangers_are_real(tmp_path: Path, make: Make) -> None:
     assert "/etc/passwd" in json.dumps(taken_for(str(tmp_path / "image")))
 
 
-@pytest.mark.parametrize(
-    ("disk_format", "make"),
-    [
-        ("vmdk", qemu("vmdk", "-o", "subformat=monolithicFlat")),
-        ("vmdk", qemu("vmdk", "-o", "subformat=twoGbMaxExtentFlat")),
-        ("vmdk", qemu("vmdk", "-o", "subformat=twoGbMaxExtentSparse")),
-        ("vmdk", corpus.VMDK_LATE),
-        ("vmdk", corpus.VMDK_ODD),
-        ("vmdk", corpus.VMDK_3),
-        ("vmdk", corpus.VMDK_WITH_FOOTER),
-        ("vmdk", patched(qemu("vmdk"), {4: b"\7"})),
-        ("vhdx", corpus.VHDX_FAR_AWAY),
-        ("vhdx", patched(qemu("vhdx"), size=64 * KIB)),
-    ],
-)
-def test_what_cannot_be_checked_is_refused(tmp_path: Path, disk_format: str, make: Make) -> None:
-    """Where files of other formats are of an unsafe type or broken, the reason names the format."""
-    make(tmp_path / "image")
-    reason = judge(tmp_path / "image", disk_format)
-    assert reason is not None
-    assert disk_format in reason or "cannot be judged" in reason
-
-
-def test_only_the_last_footer_of_a_vmdk_counts(tmp_path: Path) -> None:
-    """A footer that lies where the reading stops is not taken for the one at the end, which QEMU goes by."""
-    path, stream = tmp_path / "image", qemu("vmdk", "-o", "subformat=streamOptimized")
-    stream(path)
-    footer = struct.pack("<QII", 1, 0, 3).ljust(512, b"\0") + path.read_bytes()[:512] + bytes(512)
-    at_end = {56: b"\xff" * 8, MIB - len(footer): footer}
-    patched(stream, at_end, size=MIB)(path)
-    assert judge(path, "vmdk") is None
-    patched(stream, at_end, {4 * MIB - len(footer): footer}, size=8 * MIB)(path)
-    assert judge(path, "vmdk") is not None
-
-
 def read_by(act: Callable[[], object]) -> int:
     """How many bytes this thread reads while it acts (proc_pid_io(5))."""
 
@@ -249,15 +203,15 @@ def read_by(act: Callable[[], object]) -> int:
         ("aki", data(corpus.KERNEL, 64 * KIB * MIB), 256 * KIB),
         ("qcow2", patched(corpus.QCOW2, size=64 * KIB * MIB), 256 * KIB),
         ("iso", patched(corpus.ISO_9660, size=64 * KIB * MIB), 256 * KIB),
-        ("raw", patched(corpus.VHDX_FAR_AWAY, size=64 * KIB * MIB), 4 * MIB),
-        ("raw", patched(corpus.VMDK_WITH_FOOTER, size=64 * KIB * MIB), 4 * MIB),
-        ("raw", data(b"KDMV" + b"\xff" * 508, 64 * KIB * MIB), 4 * MIB),
+        ("raw", patched(corpus.VHDX_FAR_AWAY, size=64 * KIB * MIB), 512 * KIB),
+        ("raw", patched(corpus.VMDK_WITH_FOOTER, size=64 * KIB * MIB), 512 * KIB),
+        ("raw", data(b"KDMV" + b"\xff" * 508, 64 * KIB * MIB), 512 * KIB),
     ],
 )
 def test_a_file_of_any_size_is_judged_by_its_beginning(
     tmp_path: Path, disk_format: str, make: Make, at_most: int
 ) -> None:
-    """Of 64 GiB no more than the first 256 KiB are read, and 4 MiB where a header claims more is further on."""
+    """Of 64 GiB no more than the first 256 KiB are read, and 512 KiB where a header claims more is further on."""
     make(tmp_path / "image")
     judge(tmp_path / "image", disk_format)
     with opened(tmp_path / "image") as descriptor:
@@ -296,7 +250,7 @@ def test_no_bytes_of_the_file_are_in_a_reason(tmp_path: Path, disk_format: str, 
     """A reason is made of the tool's own words: a tenant can put nothing into a log or a terminal."""
     make(tmp_path / "image")
     reason = judge(tmp_path / "image", disk_format) or ""
-    assert re.fullmatch(r"[A-Za-z0-9_ ,()]*", reason)
+    assert re.fullmatch(r"[A-Za-z0-9_ ,():]*", reason)
     assert MARKER.decode() not in reason
 
 
@@ -360,10 +314,10 @@ def has_a_verdict(content: bytes, disk_format: str) -> None:
     """Accepted, or refused with one printable line of the tool's own words."""
     with in_memory(content) as descriptor:
         reason = objection(descriptor, disk_format)
-    assert reason is None or re.fullmatch(r"[A-Za-z0-9_ ,()]+", reason)
+    assert reason is None or re.fullmatch(r"[A-Za-z0-9_ ,():]+", reason)
 
 
-@given(st.binary(max_size=2 * KIB), st.sampled_from(DISK_FORMATS) | st.text(string.ascii_lowercase))
+@given(st.binary(max_size=2 * KIB), st.sampled_from(DISK_FORMATS))
 def test_any_bytes_have_a_verdict(content: bytes, disk_format: str) -> None:
     """Whatever the bytes, and whatever Glance says they are, there is a verdict and never an exception."""
     has_a_verdict(content, disk_format)
