@@ -72,7 +72,9 @@ class Passes:
                 settled = () if options.full or options.verify else look.settled
                 known = frozenset(settled)
                 results = self._settle(disk, [image for image in images if image.id not in known], audited)
-                results += [*recalled, *self._unknown(disk, unknown)]
+                asked = {image.id for image in images}
+                results += [result for result in recalled if result.image.id not in asked]
+                results += self._unknown(disk, unknown)
                 results += _broken(look.broken, results)
             if options.prune:
                 cleaned, fault = self._clean_up(disk, look.bases, images, started_at.timestamp())
