@@ -148,7 +148,9 @@ class _Run:
             self._tell(str(error))
             return None
         self._made, self.turned_away = True, None
-        self._tell("" if made.fault is None else str(made.fault))
+        if ids is None:
+            # A pass for some images cannot tell whether a clean-up would work again.
+            self._tell("" if made.fault is None else str(made.fault))
         self._report(made, narrow=ids is not None)
         waiting = {result.image.id for result in made.results if result.verdict.outcome is Outcome.WAITING}
         # An image whose file is there and which Glance does not list is about to be.

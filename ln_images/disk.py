@@ -110,7 +110,8 @@ class Disk:
                     status = name.stat(follow_symlinks=False)
                     known = before.get(name.name)
                     if known is not None and (known.inode, known.changed) == (status.st_ino, status.st_ctime):
-                        yield name.name, known
+                        # All but the marks is as it is now: a ctime is only as fine as the kernel's tick.
+                        yield name.name, unmarked(status, known.mark, known.marked_size)
                     else:
                         yield name.name, look_at(self._cache, name.name, status)
                 except FileNotFoundError:

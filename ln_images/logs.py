@@ -71,10 +71,24 @@ class _File(logging.handlers.RotatingFileHandler):
     def _open(self) -> Any:
         return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_private)
 
+    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802
+        # Another run, or logrotate, may have given the file another name.
+        if self.stream is not None and not _is_named(self.stream.fileno(), self.baseFilename):
+            self.stream.close()
+            self.stream = self._open()
+        return bool(super().shouldRollover(record))
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802
         if not self.told:
             self.told = True
             LOG.error("--log-file %s: %s: nothing is logged there", self.baseFilename, sys.exc_info()[1])
+
+
+def _is_named(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _private(path: str, flags: int) -> int:

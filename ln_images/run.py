@@ -54,6 +54,7 @@ class Passes:
         self._judged: dict[str, tuple[File, float, Result]] = {}
         self._told: dict[str, Verdict] = {}
         self._directory: tuple[object, ...] = ()
+        self._held: Mapping[str, tuple[int, int]] = {}
 
     def whole(self) -> Pass:
         """Makes one pass. Raises where it could not be made: nothing on disk is touched before the list is whole.
@@ -72,7 +73,9 @@ class Passes:
                 settled = () if options.full or options.verify else look.settled
                 known = frozenset(settled)
                 results = self._settle(disk, [image for image in images if image.id not in known], audited)
-                results += [*recalled, *self._unknown(disk, unknown)]
+                asked = {image.id for image in images}
+                results += [result for result in recalled if result.image.id not in asked]
+                results += self._unknown(disk, unknown)
                 results += _broken(look.broken, results)
             if options.prune:
                 cleaned, fault = self._clean_up(disk, look.bases, images, started_at.timestamp())
@@ -81,6 +84,7 @@ class Passes:
                 self._remember(disk, results)
             self._tell_of_directory(disk, look.downloads)
             room, directory = disk.room(), disk.directory()
+        self._held = _held(look.bases, results)
         told, self._told = self._told, {}
         self._tell(results, told)
         return Pass(
@@ -89,7 +93,7 @@ class Passes:
             dry_run=options.dry_run,
             results=results,
             settled=settled,
-            held=_held(look.bases, results),
+            held=self._held,
             room=room,
             directory=directory,
             fault=fault,
@@ -97,12 +101,15 @@ class Passes:
         )
 
     def narrow(self, ids: Collection[str]) -> Pass:
-        """Makes a pass for a few images alone, without a look at the rest. Raises as :meth:`whole` does."""
+        """Makes a pass for a few images alone, without a look at the rest. Raises as :meth:`whole` does.
+
+        What bases hold is what the last whole one found.
+        """
         started_at, start = datetime.now(UTC), time.monotonic()
         with self._opened() as disk, self._locked(disk):
             results = self._settle(disk, self._glance.images_of(sorted(ids)), {})
         self._tell(results, self._told.copy())
-        return Pass(started_at, time.monotonic() - start, self._options.dry_run, results)
+        return Pass(started_at, time.monotonic() - start, self._options.dry_run, results, held=self._held)
 
     def _opened(self) -> Disk:
         # Opened for each pass: a long run notices when a directory has been replaced or mounted over.
