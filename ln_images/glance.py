@@ -86,14 +86,14 @@ class Glance:
     def _images(self) -> Any:
         """Glanceclient's images, behind a look at each page."""
         if self._known is None:
-            with asking("Keystone", self._connection.seconds):
-                connection = self._connection
-                chosen: dict[str, Any] = {"region_name": connection.region, "interface": connection.interface}
+            connection = self._connection
+            chosen: dict[str, Any] = {"region_name": connection.region, "interface": connection.interface}
+            with asking("Keystone", connection.seconds):
                 endpoint = connection.session.get_endpoint(service_type="image", **chosen)
-                if not connection.is_administrator():
-                    LOG.warning("the credential has no admin role: other projects' private images are not seen")
             if endpoint is None:
                 raise ConfigurationError("the token names no image service: check OS_PROJECT_NAME and OS_REGION_NAME")
+            if not connection.is_administrator():
+                LOG.warning("the credential has no admin role: other projects' private images are not seen")
             # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version already.
             unversioned = re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint)
             self._known = _images(connection.session, endpoint_override=unversioned, **chosen)

@@ -44,9 +44,10 @@ class Connection:
         self.seconds = _REQUESTS * timeout
 
     def is_administrator(self) -> bool:
-        """Glance shows every project's images only to the role ``admin`` (its default policy)."""
+        """Glance shows every project's images only to the role ``admin`` (its default policy). Raises LnImagesError."""
         get_access = getattr(self.session.auth, "get_access", None)
-        return get_access is None or "admin" in (role.lower() for role in get_access(self.session).role_names)
+        with asking("Keystone", self.seconds):
+            return get_access is None or "admin" in (role.lower() for role in get_access(self.session).role_names)
 
 
 def connect(environment: Mapping[str, str], timeout: float, os_cloud: str | None = None) -> Connection:

@@ -2,21 +2,20 @@
 
 import contextlib
 import logging
-import os
 import signal
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 
-from ln_images import inspection, plan
-from ln_images.disk import Disk, failure
+from ln_images import plan
+from ln_images.audit import Progress, audit
+from ln_images.disk import Disk
 from ln_images.glance import Glance
 from ln_images.keystone import Connection
 from ln_images.model import (
     CHANGES,
     FAULTS,
-    Audit,
     Base,
     ConfigurationError,
     File,
@@ -37,8 +36,6 @@ LISTING_PAYS = 500
 _RECALL = 600.0
 # What is logged though nothing was changed: it wants somebody to look.
 _ODD = frozenset({Outcome.REFUSED, Outcome.OCCUPIED})
-# Shows how far a list of a total size has come: it is told the size of each step.
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 class Passes:
@@ -65,7 +62,7 @@ class Passes:
         started_at, start = datetime.now(UTC), time.monotonic()
         fault = None
         with self._opened() as disk:
-            audit, audited = self._audit(disk) if options.verify else (None, {})
+            read, audited = audit(options, self._glance, disk, self._progress) if options.verify else (None, {})
             with self._locked(disk):
                 look = self._look(disk)
                 recalled = self._recalled(disk, look.unsettled)
@@ -97,7 +94,7 @@ class Passes:
             room=room,
             directory=directory,
             fault=fault,
-            audit=audit,
+            audit=read,
         )
 
     def narrow(self, ids: Collection[str]) -> Pass:
@@ -191,39 +188,6 @@ class Passes:
         except LnImagesError as error:
             return results, error
         return results, None
-
-    def _audit(self, disk: Disk) -> tuple[Audit, dict[str, Verdict]]:
-        """Reads every image that is linked or would be, without the lock; the verdict on each that is not right."""
-        start = time.monotonic()
-        images = [image for image in self._glance.images() if plan.judge_image(image, self._options) is None]
-        here = [image for image in images if (file := disk.source(image.id)) and file.size == image.size]
-        checkable = [image for image in here if inspection.can_digest(image.checksum)]
-        verdicts = {}
-        read = 0
-        with self._progress("Verifying", sum(image.size or 0 for image in checkable)) as progress:
-            for image in checkable:
-                verdict = self._verify(disk, image, progress)
-                read += image.size or 0
-                if verdict is not None:
-                    verdicts[image.id] = verdict
-        return Audit(len(checkable), len(here) - len(checkable), read, time.monotonic() - start), verdicts
-
-    def _verify(self, disk: Disk, image: Image, progress: Callable[[int], None]) -> Verdict | None:
-        """Why an image is not what was uploaded. What is damaged reads the same twice, and Glance still has it."""
-        algorithm, uploaded = image.checksum
-        try:
-            with disk.opened(image.id) as source:
-                found = uploaded if source is None else inspection.digest(source, algorithm, progress)
-                if source is None or found == uploaded:
-                    return None
-                if inspection.digest(source, algorithm, lambda _: None) != found or not os.fstat(source).st_nlink:
-                    return None
-        except OSError as error:
-            return failure(error)
-        still = self._glance.images_of([image.id])
-        if not any(one.checksum == image.checksum and one.status == "active" for one in still):
-            return None
-        return Verdict(Outcome.DAMAGED, f"{algorithm} is {found[:8]}..., Glance says {uploaded[:8]}...")
 
     def _recalled(self, disk: Disk, unsettled: Iterable[str]) -> list[Result]:
         """What is known from an earlier pass of files that get no link, as long as they have not changed."""
