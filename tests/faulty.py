@@ -140,6 +140,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.secrets.update(headers[name] for name in ("X-Auth-Token", "X-Subject-Token") if headers[name])
 
 
+# What a test sets in the command's environment; None takes a variable away.
+Variables = dict[str, str | None]
+# Stands a server before the real Glance, in the real catalog.
+Front = Callable[..., tuple[Faulty, Variables]]
+
+
 class Authority:
     """A certificate authority for an hour: ``ca.pem`` in ``directory``, and the certificates it issues there."""
 
