@@ -1,8 +1,11 @@
 """Every way in which a Glance answers, whole and broken: the installed command, and a real wire."""
 
+import contextlib
+import gzip
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +14,8 @@ from hypothesis import strategies as st
 
 from conftest import Node
 from faulty import Answer, Faulty, Front, Rule
-from ln_images.glance import image_of
+from ln_images.glance import Glance, image_of
+from ln_images.keystone import connect
 from ln_images.model import TemporaryError
 from wire import refusal, run
 
@@ -161,6 +165,70 @@ def test_odd_fields_on_the_wire(node: Node, front: Front) -> None:
     assert (ended.returncode, node.names()) == (0, set()), ended.stderr
     assert re.fullmatch(r"([ -~]+\n){3}", ended.stdout)
     assert "Glance gives no size" in ended.stdout
+
+
+# Answers that bring nothing, never end, or ask to wait: the rooms below, without a run of the command
+
+
+@contextlib.contextmanager
+def asking_glance(rule: Rule, timeout: float = 20) -> Iterator[tuple[Faulty, Glance]]:
+    """A server in Glance's place, and what asks it."""
+    with Faulty("http://127.0.0.1:1", rule) as server:
+        yield server, Glance(connect({"OS_AUTH_TYPE": "none", "OS_ENDPOINT": server.url}, timeout))
+
+
+BOMB = gzip.compress(bytes(200 * 1024 * 1024), 1)
+ENDLESS = {
+    "drips": (Answer(body=b" ", again=0.01), 0.5, "Glance has not answered whole within 1 s"),
+    "never ends": (Answer(body=b" " * 2**20, again=0.0), 20.0, "an answer of more than 64 MiB"),
+    "is a bomb": (Answer(body=BOMB, headers={"Content-Encoding": "gzip"}), 20.0, "an answer of more than 64 MiB"),
+    "is silent": (Answer(0, hang=True), 0.5, "Glance "),
+}
+
+
+@pytest.mark.parametrize(("answer", "timeout", "told"), ENDLESS.values(), ids=ENDLESS)
+def test_an_answer_without_end(answer: Answer, timeout: float, told: str) -> None:
+    """A body has a bound, unpacked, and a question one deadline, twice --timeout, which its message names."""
+    with asking_glance(lambda _: answer, timeout) as (_, glance), pytest.raises(TemporaryError, match=told):
+        glance.images()
+
+
+LOOPS: dict[str, Any] = {
+    "the same image": {"images": [{"id": "a"}], "next": "/v2/images?marker=a"},
+    "nothing": {"images": [], "next": "/v2/images?marker=a"},
+}
+
+
+@pytest.mark.parametrize("page", LOOPS.values(), ids=LOOPS)
+def test_a_page_that_brings_nothing_new_ends_the_listing(page: Any) -> None:
+    """Where `next` leads round and round, it is told by the second page at the latest, not by the clock."""
+    schema = {"name": "image", "properties": {}}
+    rule: Rule = lambda path: Answer(body=json.dumps(schema if "schemas" in path else page).encode())  # noqa: E731
+    with asking_glance(rule) as (server, glance), pytest.raises(TemporaryError, match="its paging is broken"):
+        glance.images()
+    assert len([path for path in server.paths if path.startswith("/v2/images?")]) <= 2
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(("wait", "hint"), [("7", ", it asks to wait 7 s"), ("a while", ""), (None, "")])
+def test_a_busy_glance_is_named_as_such(status: int, wait: str | None, hint: str) -> None:
+    """429 and 503 are told with their number, and with the seconds of Retry-After where it has some."""
+    headers = {} if wait is None else {"Retry-After": wait}
+    told = rf"^Glance cannot be asked: HTTP {status}{hint}: look at its log"
+    with asking_glance(lambda _: Answer(status, b"{}", headers=headers)) as (_, glance):
+        pytest.raises(TemporaryError, glance.images).match(told)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ['{"images": {}}', '{"images": "none"}', '{"images": null}', "{}", "[]", "null", '"images"', "1", '{"a": [1]}'],
+)
+@pytest.mark.parametrize("ids", [None, ["10000000-0000-4000-8000-000000000000"]])
+def test_an_answer_that_is_no_list_cannot_be_trusted(body: str, ids: list[str] | None) -> None:
+    """Whatever is no list of images is no empty list of images: status 75."""
+    with asking_glance(lambda _: Answer(body=body.encode())) as (_, glance), pytest.raises(TemporaryError) as error:
+        glance.images(ids)
+    assert error.value.exit_status == 75
 
 
 # The boundary where Glance's JSON becomes an Image

@@ -12,6 +12,9 @@ from keystoneauth1.session import Session
 from cloud import PASSWORD, REGION, Cloud
 from conftest import NO_OPENRC, Node, block
 from faulty import Answer, Authority, Faulty, Front, Variables
+from ln_images.glance import Glance
+from ln_images.keystone import connect
+from ln_images.model import ConfigurationError, TemporaryError
 from wire import links, refusal, run
 
 DATA = b"\1" * 4096
@@ -94,7 +97,7 @@ NO_APPLICATION: Variables = APPLICATION | {"OS_APPLICATION_CREDENTIAL_ID": "0" *
         ("Keystone refuses the credentials", NO_APPLICATION),
         ("Keystone refuses", {"OS_AUTH_TYPE": "v3token", "OS_TOKEN": WRONG}),
         ("OS_PROJECT_NAME", {"OS_PROJECT_NAME": None}),
-        ("OS_AUTH_TYPE=nonsense", {"OS_AUTH_TYPE": "nonsense"}),
+        ("OS_AUTH_TYPE=nonsense is no auth plugin known here: use one of admin_token", {"OS_AUTH_TYPE": "nonsense"}),
         ("OS_AUTH_URL", {"OS_AUTH_URL": "nonsense"}),
         ("OS_AUTH_URL", {"OS_AUTH_URL": "ftp://127.0.0.1/v3"}),
         ("OS_AUTH_URL", {"OS_AUTH_URL": "http://"}),
@@ -226,6 +229,23 @@ def test_https_takes_the_files_that_are_named(node: Node, front: Front, tmp_path
     assert "OS_CACERT" in refusal(node, 2, region)
     assert keystone.paths
     assert glance.paths
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "told"),
+    [
+        ("{https}/v3", ConfigurationError, "Keystone speaks http, not https: correct OS_AUTH_URL or the catalog"),
+        ("http://127.0.0.1:1/v3", TemporaryError, "Keystone cannot be asked: ConnectFailure: Connection refused: "),
+        ("http://nowhere.invalid/v3", TemporaryError, r"ConnectFailure: (Name|Temporary|No address) [ \w]+: "),
+    ],
+)
+def test_a_url_that_leads_nowhere_tells_the_cause(url: str, error: type[Exception], told: str) -> None:
+    """Https to a server that speaks http, a port that nobody has and a name that nobody knows are told as that."""
+    with Faulty("http://127.0.0.1:1") as plain:
+        openrc = dict.fromkeys(NO_OPENRC, "admin")
+        openrc["OS_AUTH_URL"] = url.format(https=plain.url.replace("http:", "https:"))
+        with pytest.raises(error, match=told):
+            Glance(connect(openrc, 20)).images()
 
 
 # What is seen, and what is never said
