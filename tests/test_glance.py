@@ -215,8 +215,9 @@ def test_a_busy_glance_is_named_as_such(status: int, wait: str | None, hint: str
     """429 and 503 are told with their number, and with the seconds of Retry-After where it has some."""
     headers = {} if wait is None else {"Retry-After": wait}
     told = rf"^Glance cannot be asked: HTTP {status}{hint}: look at its log"
-    with asking_glance(lambda _: Answer(status, b"{}", headers=headers)) as (_, glance):
-        pytest.raises(TemporaryError, glance.images).match(told)
+    with asking_glance(lambda _: Answer(status, b"{}", headers=headers)) as (_, glance):  # noqa: SIM117
+        with pytest.raises(TemporaryError, match=told):
+            glance.images()
 
 
 @pytest.mark.parametrize(
