@@ -1,5 +1,6 @@
 """A real cloud for all the tests of a worker, and a storage node on which the real command is run."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ from typing import Any
 import jsonschema
 import pytest
 from hypothesis import HealthCheck, settings
+from keystoneauth1.adapter import Adapter
 
 from cloud import ROOT, Cloud
+from faulty import Faulty, Front, Rule, Variables
 
 # Whatever ends the tests, the servers that they started are stopped first. A shell that runs the tests in the
 # background has them ignore SIGINT, and so would the command that they start.
@@ -128,3 +131,29 @@ def node(cloud: Cloud, request: pytest.FixtureRequest) -> Iterator[Node]:
     cache.mkdir()
     yield Node(cloud, cache)
     cloud.clear()
+
+
+@pytest.fixture(scope="session")
+def identity(cloud: Cloud) -> Adapter:
+    """Keystone's API, with one token for all tests."""
+    return cloud.identity()
+
+
+@pytest.fixture
+def front(node: Node, identity: Adapter) -> Iterator[Front]:
+    """Stands a server before the real Glance, in the real catalog; returns it and the variables that choose it.
+
+    Unless told otherwise, it is the public endpoint of a region of its own.
+    """
+    service = identity.get("/services", params={"type": "image"}).json()["services"][0]["id"]
+    with contextlib.ExitStack() as stack:
+
+        def stand(rule: Rule = str, path: str = "", tls: Any = None, **endpoint: str) -> tuple[Faulty, Variables]:
+            server = stack.enter_context(Faulty(node.cloud.glance, rule, tls))
+            endpoint = {"region": f"port-{server.server_port}", "interface": "public"} | endpoint
+            document = {"endpoint": {"service_id": service, "url": server.url + path, **endpoint}}
+            made = identity.post("/endpoints", json=document).json()["endpoint"]["id"]
+            stack.callback(identity.delete, f"/endpoints/{made}")
+            return server, {"OS_REGION_NAME": endpoint["region"]}
+
+        yield stand

@@ -7,8 +7,8 @@ import ipaddress
 import ssl
 import threading
 import urllib.parse
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,8 @@ class Answer:
     """What is said in place of the real answer.
 
     ``missing``: so many bytes more are promised than sent. ``hang``: the connection then stays open.
-    With status 0 nothing is sent at all: it hangs up, or with ``hang`` stays silent.
+    With status 0 nothing is sent at all: it hangs up, or with ``hang`` stays silent. ``again``: the body is repeated
+    until nobody reads it any more, with so many seconds between.
     """
 
     status: int = 200
@@ -35,6 +36,8 @@ class Answer:
     content_type: str = "application/json"
     missing: int = 0
     hang: bool = False
+    again: float | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 # Takes the path of a request, and gives the path that is really asked for, or an answer of its own.
@@ -109,7 +112,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._forward(ruled, body)
             return
         if ruled.status:
-            self._send(ruled.status, {"Content-Type": ruled.content_type}, ruled.body, ruled.missing)
+            headers = {"Content-Type": ruled.content_type, **ruled.headers}
+            self._send(ruled.status, headers, ruled.body, ruled.missing if ruled.again is None else 2**40)
+        while ruled.again is not None and not self.server.ended.wait(ruled.again):
+            self.wfile.write(ruled.body)
         if ruled.hang:
             self.server.ended.wait(_HANG_SECONDS)
 
@@ -138,6 +144,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _remember(self, headers: Any) -> None:
         self.server.secrets.update(headers[name] for name in ("X-Auth-Token", "X-Subject-Token") if headers[name])
+
+
+# What a test sets in the command's environment; None takes a variable away.
+Variables = dict[str, str | None]
+# Stands a server before the real Glance, in the real catalog.
+Front = Callable[..., tuple[Faulty, Variables]]
 
 
 class Authority:

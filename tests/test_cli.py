@@ -12,13 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import click
 import pytest
 
 import ln_images
 from cloud import wait_until
 from conftest import COMMAND, OWNER, SCHEMA, Node, needs_root
-from ln_images.cli import main
 from ln_images.inode import MARK
 
 DATA = b"\1" * 100_000

@@ -10,13 +10,13 @@ import pytest
 
 import man
 from cloud import ROOT, SERVERS
-from conftest import COMMAND, Node, block
+from conftest import COMMAND, REFERENCE, Node, block
 
 CRONTAB = (ROOT / "crontab.example").read_text(encoding="utf-8")
 
 
-def test_the_readmes_options_are_those_of_help() -> None:
-    """The README shows exactly what --help prints."""
+def test_the_options_of_the_reference_are_those_of_help() -> None:
+    """The reference shows exactly what --help prints."""
     shown = subprocess.check_output([COMMAND, "--help"], text=True, env={**os.environ, "COLUMNS": "100"})
     assert block("help") == shown
 
@@ -29,10 +29,10 @@ def test_the_man_page_is_that_of_the_command() -> None:
 
 @pytest.mark.parametrize(("shell", "word"), [("bash", "1"), ("zsh", "1"), ("fish", "--prune")])
 def test_the_shell_completes_options(shell: str, word: str) -> None:
-    """What the README has a shell ask for its completion answers, and completes an option and its choices."""
+    """What the reference has a shell ask for its completion answers, and completes an option and its choices."""
     source = subprocess.check_output([COMMAND], text=True, env={**os.environ, "_LN_IMAGES_COMPLETE": f"{shell}_source"})
     assert "_LN_IMAGES_COMPLETE" in source
-    assert f"_LN_IMAGES_COMPLETE={shell}_source ln-images" in README
+    assert f"_LN_IMAGES_COMPLETE={shell}_source ln-images" in REFERENCE
     words = {"COMP_WORDS": "ln-images --prune", "COMP_CWORD": word}
     asked = {**os.environ, **words, "_LN_IMAGES_COMPLETE": f"{shell}_complete"}
     assert "--prune-after" in subprocess.check_output([COMMAND], text=True, env=asked)

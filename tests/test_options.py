@@ -126,7 +126,7 @@ def test_an_owner_that_does_not_exist_is_named(owner: str, named: str) -> None:
 
 def test_an_unknown_owner_is_looked_for_where_qemu_runs() -> None:
     """The mend names the user that QEMU runs as, and where its number is seen: installing QEMU makes no user qemu."""
-    with pytest.raises(ConfigurationError, match="QEMU runs as on the compute nodes.*stat -c %u:%g.*disk"):
+    with pytest.raises(ConfigurationError, match=r"QEMU runs as on the compute nodes.*stat -c %u:%g.*disk"):
         read("--owner", "nobody-of-this-name")
 
 
@@ -135,7 +135,7 @@ def test_an_unknown_owner_is_looked_for_where_qemu_runs() -> None:
 )
 def test_an_option_that_means_nothing_alone_is_refused(arguments: list[str]) -> None:
     """--for without --every and --prune-unmarked without --prune are usage errors, before anything is done."""
-    with pytest.raises(click.UsageError, match="needs --every|needs --prune"):
+    with pytest.raises(click.UsageError, match=r"needs --every|needs --prune"):
         main.invoke(main.make_context("ln-images", ["--owner", "0:0", *arguments]))
 
 
