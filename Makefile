@@ -15,7 +15,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadgroup
 test: WORKERS := 3
 test-module: WORKERS := 0
 
-.PHONY: demo cloud test test-module test-cephfs bench lint clean
+.PHONY: demo cloud test test-module test-cephfs test-knfs bench lint clean
 
 demo: $(VENV)/installed $(CLOUD)/installed
 	@$(VENV)/bin/python tests/demo.py
@@ -42,6 +42,12 @@ test-cephfs: $(VENV)/installed $(CLOUD)/installed
 
 bench: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed
 	@$(VENV)/bin/python tests/bench.py
+
+# Takes some minutes, and 70 MB of Debian's kernel, which is not installed.
+test-knfs: $(VENV)/installed $(CLOUD)/installed
+	@tests/need.sh "command -v qemu-system-x86_64 && ls /sbin/ip /sbin/mkfs.ext4 /sbin/mkfs.xfs /sbin/mkfs.btrfs" \
+		qemu-system-x86 iproute2 e2fsprogs xfsprogs btrfs-progs
+	@PYTHONPATH=tests $(VENV)/bin/python tests/heavy/knfs.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -1,10 +1,10 @@
 """Is what is linked still what was uploaded? Reads each image whole, without the lock, and changes nothing."""
 
 import os
-import stat
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from ln_images.disk import Disk, failure
 from ln_images.glance import Glance
@@ -12,6 +12,8 @@ from ln_images.inspection import can_digest, digest
 from ln_images.model import Audit, Image, Options, Outcome, Verdict
 from ln_images.plan import judge_image
 
+# What has a link, or gets one.
+_LINKS = frozenset({Outcome.LINKED, Outcome.REPAIRED, Outcome.PRESENT})
 # Shows how far something of a total size has come: it is told the size of each step.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -22,7 +24,9 @@ def audit(options: Options, glance: Glance, disk: Disk, progress: Progress) -> t
     Raises as :meth:`ln_images.glance.Glance.images` does.
     """
     start = time.monotonic()
-    images = [image for image in glance.images() if judge_image(image, options) is None and _is_whole(image, disk)]
+    rehearsal = replace(options, dry_run=True)
+    asked = [image for image in glance.images() if judge_image(image, options) is None]
+    images = [image for image in asked if disk.settle(image, rehearsal).outcome in _LINKS]
     checkable = [image for image in images if can_digest(image.checksum)]
     total = sum(image.size or 0 for image in checkable)
     verdicts = {}
@@ -34,24 +38,22 @@ def audit(options: Options, glance: Glance, disk: Disk, progress: Progress) -> t
     return Audit(len(checkable), len(images) - len(checkable), total, time.monotonic() - start), verdicts
 
 
-def _is_whole(image: Image, disk: Disk) -> bool:
-    file = disk.source(image.id)
-    return file is not None and stat.S_ISREG(file.mode) and file.size == image.size
-
-
 def _verify(glance: Glance, disk: Disk, image: Image, step: Callable[[int], None]) -> Verdict | None:
-    """Why an image is not what was uploaded. What is damaged reads the same twice, and Glance still has it."""
+    """Why an image is not what was uploaded. What is damaged reads the same twice, and is still the image's."""
     algorithm, uploaded = image.checksum
     try:
         with disk.opened(image.id) as source:
             found = uploaded if source is None else digest(source, algorithm, step)
             if source is None or found == uploaded:
                 return None
-            if digest(source, algorithm, lambda _: None) != found or not os.fstat(source).st_nlink:
+            again, now = digest(source, algorithm, lambda _: None), disk.source(image.id)
+            if again != found or now is None or now.inode != os.fstat(source).st_ino:
                 return None
     except OSError as error:
         return failure(error)
     still = glance.images_of([image.id])
     if not any(one.checksum == image.checksum and one.status == "active" for one in still):
         return None
-    return Verdict(Outcome.DAMAGED, f"{algorithm} is {found[:8]}..., Glance says {uploaded[:8]}...")
+    return Verdict(
+        Outcome.DAMAGED, f"{algorithm} is {found[:8]}..., Glance says {uploaded[:8]}...: see docs/recovery.md"
+    )

@@ -9,10 +9,11 @@ downloads, which only ``--verify`` does here; and it verifies signatures, so a s
 import concurrent.futures
 import contextlib
 import hashlib
+import mmap
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, cast
 
 _CHUNK = 4096
@@ -143,45 +144,51 @@ def _names_data_file(descriptor: int) -> bool:
 
 
 def can_digest(checksum: tuple[str, str]) -> bool:
-    """Whether there is a digest to compare with, of an algorithm that hashlib knows and whose length is its own."""
+    """Whether there is a digest to compare with, of an algorithm that hashlib has and of that one's length."""
     algorithm, value = checksum
-    return bool(value) and algorithm in hashlib.algorithms_available and not algorithm.startswith("shake")
+    try:
+        return bool(value) and len(value) == 2 * hashlib.new(algorithm, usedforsecurity=False).digest_size
+    except ValueError:
+        return False
 
 
 def digest(descriptor: int, algorithm: str, progress: Callable[[int], object]) -> str:
-    """The digest, in hex, of all that a descriptor holds, by the name of an algorithm that hashlib knows.
+    """The digest, in hex, of all that a descriptor holds, by the name of an algorithm that hashlib has.
 
-    ``progress`` is told the bytes of each step. A thread hashes while the next step is read. Pages that were not in
-    the page cache before do not stay there, so that those that serve boots do (``RWF_NOWAIT`` of preadv(2)).
+    ``progress`` is told the bytes of each step. A thread hashes while the next step is read. What is in the page cache
+    is read there and stays, and the rest is read past it (O_DIRECT), so that what serves boots is not driven out.
     """
     hashed = hashlib.new(algorithm, usedforsecurity=False)
-    buffers = [memoryview(bytearray(_READ_BYTES)) for _ in range(2)]
-    # Otherwise what the kernel reads ahead would look like what was there before.
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-    offset = 0
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    # Of whole pages, as O_DIRECT wants them.
+    buffer, other = (memoryview(mmap.mmap(-1, _READ_BYTES)) for _ in range(2))
+    offset, end = 0, os.fstat(descriptor).st_size
+    with _direct(descriptor) as direct, concurrent.futures.ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(int)
-        while True:
-            buffer = buffers[0]
-            size, cold = _read(descriptor, buffer, offset)
-            if cold:
-                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
+        while offset < end and (size := _read(descriptor, direct, buffer, offset)):
             hashing.result()
-            if not size:
-                return hashed.hexdigest()
             hashing = pool.submit(hashed.update, buffer[:size])  # type: ignore[arg-type]
             progress(size)
             offset += size
-            buffers.reverse()
+            buffer, other = other, buffer
+    return hashed.hexdigest()
 
 
-def _read(descriptor: int, buffer: memoryview, offset: int) -> tuple[int, bool]:
-    """Fills a buffer as far as there is content; how many bytes, and whether none of them were in the page cache."""
+@contextlib.contextmanager
+def _direct(descriptor: int) -> Iterator[int]:
+    """The same file, open past the page cache, or as it is where its file system cannot do that."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path = f"/proc/self/fd/{descriptor}"
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+        yield descriptor
+
+
+def _read(descriptor: int, direct: int, buffer: memoryview, offset: int) -> int:
+    """Reads what is in the page cache from ``offset`` on, or else what is not; how many bytes."""
     with contextlib.suppress(OSError):
-        size = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
-        rest = os.preadv(descriptor, [buffer[size:]], offset + size) if size < len(buffer) else 0
-        return size + rest, False
-    return os.preadv(descriptor, [buffer], offset), True
+        return os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
+    return os.preadv(direct, [buffer], offset)
 
 
 class _Reader:

@@ -34,6 +34,8 @@ LOG = logging.getLogger(__name__)
 LISTING_PAYS = 500
 # For how many seconds a process remembers that a file that has not changed gets no link.
 _RECALL = 600.0
+# For how many seconds one that has read for hours waits for another run.
+_AFTER_AUDIT = 600.0
 # What is logged though nothing was changed: it wants somebody to look.
 _ODD = frozenset({Outcome.REFUSED, Outcome.OCCUPIED})
 
@@ -114,7 +116,9 @@ class Passes:
 
     def _locked(self, disk: Disk) -> AbstractContextManager[None]:
         # A dry run changes nothing, so it neither waits for a run at work nor makes the next one fail.
-        return contextlib.nullcontext() if self._options.dry_run else disk.locked(self._options.every or 0)
+        if self._options.dry_run:
+            return contextlib.nullcontext()
+        return disk.locked(self._options.every or (_AFTER_AUDIT if self._options.verify else 0))
 
     def _look(self, disk: Disk) -> Look:
         if self._options.every is None:

@@ -20,14 +20,14 @@ from cloud import ROOT, Cloud
 
 # Whatever ends the tests, the servers that they started are stopped first. A shell that runs the tests in the
 # background has them ignore SIGINT, and so would the command that they start.
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.default_int_handler)
 # How long an example takes says how busy the machine is, and nothing of what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
-SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "tests" / "report.schema.json").read_text()))
+SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "report.schema.json").read_text()))
 COMMAND = Path(sys.executable).with_name("ln-images")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 # As root the tests link for somebody else, as in production; otherwise for whoever runs them.
 OWNER = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())
 # Takes the credentials of the openrc away, and leaves the region.
@@ -38,10 +38,12 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root: mounts, de
 
 
 def block(name: str) -> str:
-    """The fenced block of the README that follows the comment ``name``."""
-    found = re.search(rf"<!-- {name} -->\n```[a-z]*\n(.*?)```", README, re.DOTALL)
-    assert found, f"the README has no block {name}"
-    return found[1]
+    """The fenced block of a document that follows the comment ``name``."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        found = re.search(rf"<!-- {name} -->\n```[a-z]*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        if found:
+            return found[1]
+    raise LookupError(f"no document has a block {name}")
 
 
 @dataclass

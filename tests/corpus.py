@@ -73,6 +73,9 @@ NOISE = data(bytes(range(1, 251)) * 400)
 QCOW2 = qemu("qcow2")
 ISO_9660 = patched(data(size=64 * KIB), ISO)
 BACKED = qemu("qcow2", "-F", "raw", "-b", "/etc/passwd")
+DATA_FILE = qemu("qcow2", "-o", "data_file=data")
+# Its feature bit is the third of the incompatible ones.
+NAMES_DATA_FILE = patched(DATA_FILE, {72: bytes(8)})
 # LUKS, which qemu-img needs a second of computing for, and no more of it than its magic and version.
 LUKS = data(b"LUKS\xba\xbe\x00\x01", MIB)
 VMDK_WITH_FOOTER = patched(qemu("vmdk", "-o", "subformat=streamOptimized"), {56: b"\xff" * 8}, size=8 * MIB)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import click
 
-from conftest import README
+from conftest import REFERENCE
 from ln_images import __version__
 from ln_images.cli import main
 
@@ -28,7 +28,7 @@ def page() -> Iterator[str]:
         names, text = option.get_help_record(context) or ("", "")
         yield f".TP\n.B {roff(names)}\n{roff(text)}"
     yield ".SH EXIT STATUS"
-    for status, meaning in re.findall(r"^\| (\d+) \| (.+) \|$", README, re.MULTILINE):
+    for status, meaning in re.findall(r"^\| (\d+) \| (.+) \|$", REFERENCE, re.MULTILINE):
         yield f".TP\n.B {status}\n{roff(meaning)}"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import man
 from cloud import ROOT, SERVERS
-from conftest import COMMAND, README, Node, block
+from conftest import COMMAND, Node, block
 
 CRONTAB = (ROOT / "crontab.example").read_text(encoding="utf-8")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,17 @@ from ln_images.inspection import objection
 DISK_FORMATS = ("raw", "ami", "aki", "ari", "iso", "qcow2")
 GPT = mbr(PROTECTIVE) + b"EFI PART".ljust(512, b"\0")
 MARKER = b"passw0rd"
+
+NAMED = "qcow2 with the name of an external data file"
+# Extensions of a qcow2 header: their types and what they hold.
+DATA_FILE, ODD, END = (0x44415441, b"/etc/passwd"), (0x0DD, b"12345"), (0, b"")
+VERSION_2 = {7: b"\2"}
+
+
+def extensions(offset: int, *found: tuple[int, bytes]) -> dict[int, bytes]:
+    """What puts extensions at an offset of a header."""
+    padded = (struct.pack(">II", kind, len(text)) + text + bytes(-len(text) % 8) for kind, text in found)
+    return {offset: b"".join(padded)}
 
 
 @contextmanager
@@ -69,6 +81,10 @@ ACCEPTED: dict[str, tuple[str, Make]] = {
     "qcow2 of today": ("qcow2", corpus.QCOW2),
     "qcow2 of 2010": ("qcow2", qemu("qcow2", "-o", "compat=0.10")),
     "qcow2 of 8 TiB": ("qcow2", qemu("qcow2", size="8T")),
+    "qcow2 with extensions that nobody knows": (
+        "qcow2",
+        patched(corpus.QCOW2, extensions(112, ODD, ODD, END, DATA_FILE)),
+    ),
     "qcow2 with every harmless feature": (
         "qcow2",
         qemu("qcow2", "-o", "compression_type=zstd,lazy_refcounts=on,preallocation=metadata,cluster_size=2M"),
@@ -100,7 +116,20 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
         qemu("qcow2", "-F", "raw", "-b", "/etc/passwd", "-o", "compat=0.10"),
         "qcow2 with a backing file",
     ),
-    "a data file": ("qcow2", qemu("qcow2", "-o", "data_file=data"), "qcow2 with an external data file"),
+    "the name of a data file": ("qcow2", corpus.NAMES_DATA_FILE, NAMED),
+    "the name of a data file, 2010": ("qcow2", patched(corpus.QCOW2, VERSION_2, extensions(72, DATA_FILE)), NAMED),
+    "the name of a data file behind others": ("qcow2", patched(corpus.QCOW2, extensions(112, ODD, DATA_FILE)), NAMED),
+    "the name of a data file at the end of a cluster": (
+        "qcow2",
+        patched(corpus.QCOW2, extensions(112, (1, bytes(64 * KIB - 112 - 8 - 16)), DATA_FILE)),
+        NAMED,
+    ),
+    "a header extension that is too long": (
+        "qcow2",
+        patched(corpus.QCOW2, {112: struct.pack(">II", 1, 64 * KIB)}),
+        "the content cannot be judged (ValueError)",
+    ),
+    "a data file": ("qcow2", corpus.DATA_FILE, "qcow2 with an external data file"),
     "both": (
         "qcow2",
         qemu("qcow2", "-o", "data_file=data", "-F", "raw", "-b", "/etc/passwd"),
@@ -264,7 +293,7 @@ HEADS: dict[str, Make] = {
     "qcow2": corpus.QCOW2,
     "backed": corpus.BACKED,
     "short": corpus.SHORT_QCOW2,
-    "data file": qemu("qcow2", "-o", "data_file=data"),
+    "data file": corpus.DATA_FILE,
     "qed": qemu("qed", "-F", "raw", "-b", "/etc/passwd"),
     "vmdk": qemu("vmdk"),
     "vmdk text": corpus.VMDK_ODD,

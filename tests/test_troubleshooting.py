@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import COMMAND, NO_OPENRC, README, Node, needs_root
+from conftest import COMMAND, NO_OPENRC, REFERENCE, Node, needs_root
 
 DATA = b"\1" * 5000
-TABLE = README.partition("## When it does not work")[2].partition("\n## ")[0]
+TABLE = REFERENCE.partition("## When it does not work")[2].partition("\n## ")[0]
 ROWS = re.findall(r"^\| (`.+?`) \| [^|]+ \|$", TABLE, re.MULTILINE)
 
 

@@ -1,19 +1,28 @@
-"""What makes a pass between two beats of the clock: real directories, mounts and inotify. Orders, and no times."""
+"""Passes made one after another: real directories, mounts and inotify, then the command at work. Orders, no times."""
 
+import contextlib
+import fcntl
+import json
 import os
+import signal
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from conftest import needs_root
+from cloud import wait_until
+from conftest import COMMAND, SCHEMA, Node, needs_root
+from faulty import Answer, Faulty
 from ln_images.watch import Watch, repeat
+from test_run import DATA, requests
 
 NEVER = 3600.0
 Asked = frozenset[str] | None
-Answer = Collection[str] | None
+Unfinished = Collection[str] | None
 IDS = [str(uuid.UUID(int=number)) for number in range(100)]
 FIRST, SECOND, THIRD = IDS[:3]
 
@@ -30,11 +39,11 @@ def store(tmp_path: Path) -> Path:
     return directory
 
 
-def passes(store: Path, *steps: Callable[[], Answer], every: float = NEVER) -> list[Asked]:
+def passes(store: Path, *steps: Callable[[], Unfinished], every: float = NEVER) -> list[Asked]:
     """Lets the passes do and answer what ``steps`` say, one after another, and returns what each was asked for."""
     asked: list[Asked] = []
 
-    def make(ids: Collection[str] | None) -> Answer:
+    def make(ids: Collection[str] | None) -> Unfinished:
         asked.append(None if ids is None else frozenset(ids))
         if len(asked) > len(steps):
             raise Over
@@ -45,10 +54,10 @@ def passes(store: Path, *steps: Callable[[], Answer], every: float = NEVER) -> l
     return asked
 
 
-def closed(*paths: Path, unfinished: Answer = ()) -> Callable[[], Answer]:
+def closed(*paths: Path, unfinished: Unfinished = ()) -> Callable[[], Unfinished]:
     """A pass during which files are closed after writing."""
 
-    def step() -> Answer:
+    def step() -> Unfinished:
         for path in paths:
             path.write_bytes(b"x")
         return unfinished
@@ -59,7 +68,7 @@ def closed(*paths: Path, unfinished: Answer = ()) -> Callable[[], Answer]:
 def test_a_file_that_is_closed_or_moved_in_is_asked_about_by_itself(store: Path) -> None:
     """Also where it happens during a pass, and together where they come together; files of other names are ignored."""
 
-    def step() -> Answer:
+    def step() -> Unfinished:
         for name in (FIRST, f"{SECOND}.part", "notes", THIRD.replace("-", "")):
             (store / name).write_bytes(b"x")
         (store / f"{SECOND}.part").rename(store / SECOND)
@@ -73,7 +82,7 @@ def test_an_upload_that_lasts_causes_no_question_until_it_is_closed(store: Path)
     """What is written, touched, read and given away is of no interest; only the end of it is."""
     with (store / FIRST).open("wb") as upload:
 
-        def step() -> Answer:
+        def step() -> Unfinished:
             for _ in range(100):
                 upload.write(b"x")
                 upload.flush()
@@ -81,7 +90,7 @@ def test_an_upload_that_lasts_causes_no_question_until_it_is_closed(store: Path)
             (store / FIRST).chmod(0o644)
             return closed(store / SECOND)()
 
-        def end() -> Answer:
+        def end() -> Unfinished:
             upload.close()
             return ()
 
@@ -115,7 +124,7 @@ def test_an_overflow_causes_a_whole_pass(store: Path) -> None:
     if events > 100_000:
         pytest.skip("the kernel's queue is too long to overflow it")
 
-    def step() -> Answer:
+    def step() -> Unfinished:
         for number in range(events + 1):
             os.close(os.open(store / str(number % 2), os.O_WRONLY | os.O_CREAT))
         return ()
@@ -127,7 +136,7 @@ def test_a_store_that_is_replaced_is_watched_anew(store: Path) -> None:
     """A whole pass at once, and from then on what is there now is watched, and no more what was."""
     old = store.with_name("old")
 
-    def replace() -> Answer:
+    def replace() -> Unfinished:
         store.rename(old)
         store.mkdir()
         return ()
@@ -138,11 +147,11 @@ def test_a_store_that_is_replaced_is_watched_anew(store: Path) -> None:
 def test_a_store_that_is_removed_is_noticed(store: Path) -> None:
     """A whole pass at once, which can say so; when it is there again, it is watched again."""
 
-    def remove() -> Answer:
+    def remove() -> Unfinished:
         store.rmdir()
         return ()
 
-    def come_back() -> Answer:
+    def come_back() -> Unfinished:
         store.mkdir()
         return ()
 
@@ -158,7 +167,7 @@ def mounted(store: Path) -> Iterator[Path]:
         pass
 
 
-def mount(store: Path) -> Answer:
+def mount(store: Path) -> Unfinished:
     """Mounts an empty file system on the store, or over what is mounted there."""
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", store], check=True)
     return ()
@@ -168,7 +177,7 @@ def mount(store: Path) -> Answer:
 def test_a_store_that_is_unmounted_is_watched_anew(mounted: Path) -> None:
     """The kernel tells, so that there is a whole pass at once; then what is under it is watched."""
 
-    def unmount() -> Answer:
+    def unmount() -> Unfinished:
         subprocess.run(["umount", mounted], check=True)
         return ()
 
@@ -206,3 +215,245 @@ def test_a_watch_that_lasts_holds_one_descriptor(store: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     watch.close()
     assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+def test_no_pass_begins_early_nor_ends_late(store: Path) -> None:
+    """Whole passes begin no sooner than on the beat; none does that would end too late; events are met to the end."""
+    begun, asked = [], []
+
+    def make(ids: Collection[str] | None) -> Unfinished:
+        asked.append(ids)
+        if ids is None:
+            begun.append(time.monotonic())
+        return ()
+
+    start = time.monotonic()
+    repeat(str(store), 0.1, 0.5, make)
+    assert time.monotonic() - start >= 0.5
+    assert 1 <= len(begun) <= 5
+    assert all(at - start >= 0.1 * beat for beat, at in enumerate(begun))
+
+    def slow(ids: Collection[str] | None) -> Unfinished:
+        if ids is None:
+            closed(store / FIRST)()
+            time.sleep(0.3)
+        return make(ids)
+
+    asked.clear()
+    repeat(str(store), 0.1, 0.5, slow)
+    assert asked == [None, [FIRST]]
+
+
+# The command at work
+
+
+class Running:
+    """The command under --every in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self._output = iter(process.stdout or ())
+
+    def report(self) -> dict[str, Any]:
+        """The next report that it prints."""
+        document: dict[str, Any] = json.loads(next(self._output))
+        SCHEMA.validate(document)
+        return document
+
+    def ended(self, number: int | None = signal.SIGTERM) -> tuple[int, list[str]]:
+        """Its exit status and its lines of error, after a signal if one is named."""
+        if number is not None:
+            self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors.splitlines()
+
+
+@contextlib.contextmanager
+def running(node: Node, *arguments: str, **variables: str | None) -> Iterator[Running]:
+    """The command with reports in JSON; it is gone when the block ends."""
+    process = subprocess.Popen(
+        [COMMAND, "--format", "json", *arguments],
+        env=node.environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Running(process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
+def locked(node: Node) -> Iterator[None]:
+    """The lock of the node's cache, held as by another run."""
+    directory = os.open(node.cache, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
+
+
+INTERRUPTED = "ln-images: interrupted: what was linked stays, the next run does the rest"
+ONCE = ("--every", "3600")
+
+
+def test_an_image_is_linked_between_two_beats(node: Node, tmp_path: Path) -> None:
+    """While it is uploaded nothing is asked, and then about it alone; the report, log and metrics tell of it.
+
+    SIGHUP changes nothing, a log file that is renamed is begun anew, and SIGTERM ends it.
+    """
+    log, metrics = tmp_path / "log", tmp_path / "metrics"
+    node.cloud.image("before", DATA)
+    with running(node, *ONCE, "--log-file", str(log), "--metrics-file", str(metrics)) as run:
+        assert run.report()["counts"]["linked"] == 1
+        wait_until(metrics.exists, "the metrics of the first pass")
+        run.process.send_signal(signal.SIGHUP)
+        log.rename(tmp_path / "log.1")
+        image = node.cloud.create("image")
+        upload = node.cloud.slow_upload(image, b"\1" * 100_000)
+        wait_until(lambda: (node.images / image).exists(), "the upload to reach the disk")
+        before = requests(node)
+        upload.finish(b"\1" * 100_000)
+        report = run.report()
+        assert [one["id"] for one in report["images"]] == [image]
+        assert (report["counts"]["linked"], report["counts"]["present"]) == (1, 0)
+        assert node.linked(image)
+        asked = requests(node) - before
+        assert 1 <= sum(asked.values()) <= 20
+        assert all(f"id=in%3A{image}" in line or "/schemas/" in line for line in asked)
+        assert run.ended() == (130, [INTERRUPTED])
+    assert f"linked: {image}" in log.read_text()
+    assert 'ln_images_images{outcome="linked"} 2.0' in metrics.read_text()
+
+
+def test_two_thousand_files_at_once_cost_a_few_passes(node: Node) -> None:
+    """They are linked by whole passes, and not by thousands of questions."""
+    with running(node, *ONCE) as run:
+        run.report()
+        before = requests(node)
+        ids = node.cloud.add_many(2000)
+        wait_until(lambda: len(node.names()) == len(ids), "all links")
+        assert sum((requests(node) - before).values()) < 100
+        assert run.ended()[0] == 130
+
+
+def test_two_runs_at_once_do_the_work_once(node: Node) -> None:
+    """Each waits for the lock without a word; each image is linked by one of them."""
+    with running(node, *ONCE) as one, running(node, *ONCE) as other:
+        with locked(node):
+            first = node.cloud.image("first", DATA)
+        reports = [one.report(), other.report()]
+        images = [first, *(node.cloud.image("image", DATA) for _ in range(3))]
+        wait_until(lambda: all(map(node.linked, images)), "the links")
+        for run in (one, other):
+            run.process.send_signal(signal.SIGTERM)
+            reports += map(json.loads, run._output)
+            assert run.ended(None) == (130, [INTERRUPTED])
+    linked = [image["id"] for report in reports for image in report["images"] if image["outcome"] == "linked"]
+    assert sorted(linked) == sorted(images)
+
+
+def test_a_run_that_never_comes_to_a_pass_ends_with_75(node: Node) -> None:
+    """One that could make none in its whole time says so once; one that made a pass before or after does not."""
+    with locked(node):
+        run = node.run("--every", "0.2", "--for", "0.5")
+    assert (run.returncode, run.stdout, len(run.stderr.splitlines())) == (75, "", 1)
+    assert "another run holds the lock" in run.stderr
+    with running(node, "--every", "0.2", "--for", "1") as met:
+        met.report()
+        with locked(node):
+            assert met.ended(None) == (0, [])
+
+
+@contextlib.contextmanager
+def fronts(node: Node) -> Iterator[tuple[dict[str, list[Answer]], dict[str, str | None]]]:
+    """Servers before Keystone and Glance, the answers that each gives before real ones, and what chooses them.
+
+    The last answer of a list is given for as long as it is there.
+    """
+    answers: dict[str, list[Answer]] = {"keystone": [], "glance": []}
+
+    def rule(name: str) -> Callable[[str], str | Answer]:
+        def answer(path: str) -> str | Answer:
+            given = answers[name]
+            return path if not given else given[0] if len(given) == 1 else given.pop(0)
+
+        return answer
+
+    identity = node.cloud.identity()
+    service = identity.get("/services", params={"type": "image"}).json()["services"][0]["id"]
+    with Faulty(node.cloud.glance, rule("glance")) as glance, Faulty(node.cloud.keystone, rule("keystone")) as keystone:
+        region = f"port-{glance.server_port}"
+        endpoint = {"service_id": service, "interface": "public", "region": region, "url": glance.url}
+        made = identity.post("/endpoints", json={"endpoint": endpoint}).json()["endpoint"]["id"]
+        try:
+            yield answers, {"OS_REGION_NAME": region, "OS_AUTH_URL": f"{keystone.url}/v3"}
+        finally:
+            identity.delete(f"/endpoints/{made}")
+
+
+def test_a_cloud_that_goes_away_and_comes_back(node: Node, tmp_path: Path) -> None:
+    """Each service that goes away is told of once when it does and once when it is back; then linking goes on.
+
+    A token that expires meanwhile is a new token, without a word.
+    """
+    log = tmp_path / "log"
+    with (
+        fronts(node) as (answers, variables),
+        running(node, "-q", "--every", "0.1", "--log-file", str(log), **variables) as run,
+    ):
+        run.report()
+        for name, down in (
+            ("glance", {"glance": [Answer(503)]}),
+            ("keystone", {"glance": [Answer(401)], "keystone": [Answer(503)]}),
+        ):
+            answers.update(down)
+            image = node.cloud.image(name, DATA)
+            wait_until(lambda: f"{name.title()} cannot be asked" in log.read_text(), "the line that it is away")  # noqa: B023
+            time.sleep(1)
+            assert not node.linked(image)
+            answers.update(glance=[], keystone=[])
+            wait_until(lambda: node.linked(image), "the link")  # noqa: B023
+            wait_until(lambda: f"it is over: {name.title()}" in log.read_text(), "the line that it is back")  # noqa: B023
+        answers["glance"] = [Answer(401), Answer(401)]
+        answers["glance"].pop()
+        status, errors = run.ended()
+    assert (status, [line.split(": ")[1] for line in errors]) == (
+        130,
+        ["Glance cannot be asked", "Keystone cannot be asked", "interrupted"],
+    )
+    told = [line.split(" ", 4)[4].split(":")[0] for line in log.read_text().splitlines() if " linked: " not in line]
+    assert told == ["Glance cannot be asked", "it is over", "Keystone cannot be asked", "it is over"]
+
+
+def test_a_password_that_is_changed_ends_it(node: Node) -> None:
+    """With one line and status 2: a password that is refused is not tried again and again, which locks accounts."""
+    name = f"user-{uuid.uuid4()}"
+    who = node.cloud.add_user(name, name, "admin")
+    with (
+        fronts(node) as (answers, variables),
+        running(node, "--every", "0.1", OS_USERNAME=name, OS_PROJECT_NAME=name, **variables) as run,
+    ):
+        run.report()
+        identity = node.cloud.identity()
+        identity.patch(f"/users/{who.get_user_id()}", json={"user": {"password": "another"}})
+        answers["glance"] = [Answer(401)]
+        status, errors = run.ended(None)
+    assert (status, errors) == (2, ["ln-images: Keystone refuses the credentials: HTTP 401: check your openrc"])
+
+
+def test_without_inotify_the_clock_alone_links(node: Node) -> None:
+    """Where the kernel gives no watch there is one line under -v, and passes as if there were no such thing."""
+    limit = "echo 0 > /proc/sys/user/max_inotify_instances"
+    space = ["unshare", "--user", "--map-root-user", "sh", "-c", f'{limit}; exec "$0" "$@"']
+    if subprocess.run([*space, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no user namespace here")
+    command = [*space, str(COMMAND), "-v", "--every", "0.2", "--for", "2", "--owner", "0:0"]
+    node.cloud.image("image", DATA)
+    run = subprocess.run(command, env=node.environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("no watch on") == 1
+    assert len(node.names()) == 1
