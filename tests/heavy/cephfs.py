@@ -26,8 +26,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from cloud import REGION, Cloud, wait_until
 from compute import Compute
 from compute import server as a_server
