@@ -15,7 +15,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadgroup
 test: WORKERS := 3
 test-module: WORKERS := 0
 
-.PHONY: demo cloud test test-module test-knfs bench lint clean
+.PHONY: demo cloud test test-module test-cephfs test-knfs bench lint clean
 
 demo: $(VENV)/installed $(CLOUD)/installed
 	@$(VENV)/bin/python tests/demo.py
@@ -33,6 +33,13 @@ test: lint $(CLOUD)/installed
 test-module: $(VENV)/installed $(CLOUD)/installed
 	@tests/need.sh "command -v qemu-img" qemu-utils
 	$(VENV)/bin/python $(PYTEST) tests/test_$(MODULE).py $(if $(TESTS),-k "$(TESTS)")
+
+# Takes some minutes, as root: a Ceph cluster of Debian's packages in one directory.
+test-cephfs: $(VENV)/installed $(CLOUD)/installed
+	@tests/need.sh "command -v qemu-img" qemu-utils
+	@tests/need.sh "command -v ceph-mon && command -v ceph-mgr && command -v ceph-osd && command -v ceph-mds && \
+		command -v ceph-fuse" ceph-mon ceph-mgr ceph-osd ceph-mds ceph-fuse
+	@PYTHONPATH=tests $(VENV)/bin/python tests/heavy/cephfs.py
 
 bench: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed
 	@$(VENV)/bin/python tests/bench.py
