@@ -45,7 +45,7 @@ INSIDE = PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/nova $(VENV)/bin/python test
 boot: $(VENV)/installed $(CLOUD)/installed $(NOVA)/installed
 	@$(INSIDE) tests/nova/boot.py $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SIZES),--sizes $(SIZES))
 
-test-nova: $(VENV)/installed $(CLOUD)/installed $(NOVA)/installed
+test-nova: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed $(NOVA)/installed
 	@$(INSIDE) -m pytest tests/nova --override-ini=norecursedirs= -p fixtures -p no:cacheprovider -v $(if $(TESTS),-k "$(TESTS)")
 
 lint: $(VENV)/installed

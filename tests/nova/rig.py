@@ -114,6 +114,7 @@ class Node:
         self.address = f"127.0.0.{number}"
         self.state = rig.directory / self.name
         self.settings: dict[str, str] = {}
+        self._first = dict(settings)
         self._compute: subprocess.Popen[bytes] | None = None
         self._home = rig.spawn(f"{self.name}-namespace", "unshare", "--mount", "--uts", "sleep", "infinity")
         time.sleep(0.5)
@@ -155,6 +156,17 @@ class Node:
         self.stop()
         self._force_down(False)
         self.start(**settings)
+
+    def back_to_first(self) -> None:
+        """Runs with the settings that it began with, if it does not."""
+        running = self._compute is not None and self._compute.poll() is None
+        if running and self.settings == self._first:
+            return
+        if running:
+            self.stop()
+        self._force_down(False)
+        self.settings = {}
+        self.start(**self._first)
 
     def console(self, server: str) -> str:
         """What the server has printed since it was last started."""
@@ -347,6 +359,13 @@ class Rig:
         lines = (self.cloud.directory / "glance-access.log").read_text().splitlines()
         asked = [line for line in lines if f'"GET /v2/images/{image}/file' in line]
         return sum(int(line.split('" ')[1].split()[1].replace("-", "0")) for line in asked)
+
+    def openstack(self, *arguments: str) -> str:
+        """Runs the OpenStack command line client as the administrator; it is answered yes."""
+        command = [str(ROOT / ".openstack" / "bin" / "openstack"), *arguments]
+        run = subprocess.run(command, env=self.operator(), capture_output=True, text=True, input="y\n", check=False)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
 
     @staticmethod
     def entry(image: str) -> Path:
