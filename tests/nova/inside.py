@@ -1,9 +1,9 @@
 """``inside.py COMMAND``: runs a command as root on a machine of its own, of which nothing is left when it ends.
 
-The machine is a set of Linux namespaces: processes, mounts, network, host name. What is written below /etc, /var and
-/run goes into memory, so that users, daemons and their files can be made with the paths that production has. When the
-command ends, or this program is ended however it may be, the kernel ends every process in there, and with them go the
-mounts. ``RIG_DIRECTORY`` names a directory on disk for what is too big for memory; it is removed in the end.
+The machine is a set of Linux namespaces: processes, mounts, network, host name. What is written below /etc, /run, /tmp
+and /var goes into memory, so that users, daemons and their files can be made with the paths that production has. When
+the command ends, or this program is ended however it may be, the kernel ends every process in there, and with them go
+the mounts. ``RIG_DIRECTORY`` names a directory on disk for what is too big for memory; it is removed in the end.
 """
 
 import fcntl
@@ -71,24 +71,30 @@ def inside(*command: str) -> int:
     _mount("-t", "tmpfs", "tmpfs", "/run")
     # libvirt goes on without control groups where it finds none, and leaves none behind.
     subprocess.run(["umount", "--recursive", "/sys/fs/cgroup"], check=False, stderr=subprocess.DEVNULL)
-    memory = Path("/run/overlays")
-    memory.mkdir()
-    project = os.open(ROOT, os.O_PATH)
-    # Nova's user, too, must reach its Python and its programs, wherever they were installed.
-    hidden = {ancestor for path in (ROOT, Path(sys.base_prefix)) for ancestor in path.parents if _closed(ancestor)}
-    for path in (Path("/etc"), Path("/var"), *sorted(hidden)):
-        upper, work = memory / f"upper{path}", memory / f"work{path}"
-        for made in (upper, work):
-            made.mkdir(parents=True)
-        _mount("-t", "overlay", "overlay", "-o", f"lowerdir={path},upperdir={upper},workdir={work}", str(path))
-    if hidden:
-        _mount("--bind", f"/proc/{os.getpid()}/fd/{project}", str(ROOT))
+    _write_in_memory()
     started = subprocess.Popen(command)
     # Daemons' children become this one's: whoever waits for their end sees it only when they are buried.
     while True:
         pid, status = os.wait()
         if pid == started.pid:
             return os.waitstatus_to_exitcode(status) & 0xFF
+
+
+def _write_in_memory() -> None:
+    """Lays memory over the directories where daemons write; the project and the rig's directory stay what they are."""
+    kept = {path: os.open(path, os.O_PATH) for path in (str(ROOT), os.environ["RIG_DIRECTORY"])}
+    memory = Path("/run/overlays")
+    memory.mkdir()
+    # Nova's user, too, must reach its Python and its programs, wherever they were installed.
+    closed = {ancestor for path in (ROOT, Path(sys.base_prefix)) for ancestor in path.parents if _closed(ancestor)}
+    for path in sorted({Path("/etc"), Path("/tmp"), Path("/var")} | closed):
+        upper, work = memory / f"upper{path}", memory / f"work{path}"
+        for made in (upper, work):
+            made.mkdir(parents=True)
+        upper.chmod(0o1777 if path == Path("/tmp") else 0o755)
+        _mount("-t", "overlay", "overlay", "-o", f"lowerdir={path},upperdir={upper},workdir={work}", str(path))
+    for target, opened in kept.items():
+        _mount("--no-canonicalize", "--bind", f"/proc/{os.getpid()}/fd/{opened}", target)
 
 
 def _closed(path: Path) -> bool:

@@ -184,6 +184,11 @@ class Node:
         """The names in the cache of the files that back a server's disk."""
         return {Path(each["filename"]).name for each in self.chain(server, disk)[1:]}
 
+    def rebase(self, server: str, base: str) -> None:
+        """Puts a stopped server's disk on another base of the same content."""
+        disk = str(STATE / "instances" / server / "disk")
+        self.run("qemu-img", "rebase", "-u", "-F", "raw", "-b", str(BASE / base), disk)
+
     def _entered(self) -> tuple[str, ...]:
         return ("nsenter", f"--target={self._home.pid}", "--mount", "--uts")
 
@@ -333,6 +338,10 @@ class Rig:
         wait_until(lambda: f"\n{line}" in f"\n{where.console(server)}", f"{line!r} on {server}'s console", seconds)
         return where.console(server).split(line, 1)[1].split("\n", 1)[0]
 
+    def alive(self, server: str, times: int) -> None:
+        """Waits until the guest has said so often that it reads its disk."""
+        wait_until(lambda: self.node.console(server).count("guest: alive") >= times, f"{server} to read its disk", 60)
+
     # What an operator does on the storage node.
 
     def ln_images(self, *arguments: str, status: int = 0) -> dict[str, Any]:
@@ -359,6 +368,11 @@ class Rig:
         lines = (self.cloud.directory / "glance-access.log").read_text().splitlines()
         asked = [line for line in lines if f'"GET /v2/images/{image}/file' in line]
         return sum(int(line.split('" ')[1].split()[1].replace("-", "0")) for line in asked)
+
+    @staticmethod
+    def names() -> set[str]:
+        """Every name in the cache."""
+        return {path.name for path in CACHE.iterdir()}
 
     def openstack(self, *arguments: str) -> str:
         """Runs the OpenStack command line client as the administrator; it is answered yes."""

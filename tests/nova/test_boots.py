@@ -7,8 +7,8 @@ import time
 import pytest
 
 from cloud import wait_until
-from fixtures import Disk
 from rig import Rig
+from rig_fixtures import Disk
 from scenes import outcome, readme_commands, watching
 
 CONVERTED = {"DEFAULT": "force_raw_images = True"}
