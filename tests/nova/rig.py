@@ -332,7 +332,7 @@ class Rig:
         for server in servers:
             wait_until(lambda server=server: self._gone(server), f"the end of {server}", 120)
 
-    def proof(self, server: str, node: Node | None = None, line: str = "guest: md5 ", seconds: float = 180) -> str:
+    def proof(self, server: str, node: Node | None = None, line: str = "guest: md5 ", seconds: float = 120) -> str:
         """Waits until the guest has printed a line that begins so, and returns what follows."""
         where = node or self.node
         wait_until(lambda: f"\n{line}" in f"\n{where.console(server)}", f"{line!r} on {server}'s console", seconds)
@@ -490,7 +490,7 @@ class Rig:
             default_microversion=MICROVERSION,
         )
         wait_until(self._answers, "Nova's API", START_SECONDS)
-        for name, memory, disk in (("small", 64, 1), ("large", 96, 2), ("boot", 64, 10)):
+        for name, memory, disk in (("small", 128, 1), ("large", 160, 2), ("boot", 128, 10)):
             flavor = {"id": name, "name": name, "ram": memory, "vcpus": 1, "disk": disk}
             self.compute.post("/flavors", json={"flavor": flavor})
 

@@ -43,7 +43,7 @@ def test_with_the_guides_setting_the_cache_manager_only_touches(rig: Rig, raw: D
 
 
 def test_a_base_that_only_backs_a_disk_is_not_touched(rig: Rig, raw: Disk) -> None:
-    """A base that no server names, but whose disk is on it, is neither touched nor removed: its ctime proves nothing."""
+    """A base that no server names, but whose disk is on it, is neither touched nor removed."""
     named, backing = rig.image("named", raw.path), rig.image("backing", raw.path)
     rig.ln_images()
     server = rig.boot(named)
