@@ -145,10 +145,10 @@ class Node:
         wait_until(self._up, f"{self.name}", START_SECONDS)
 
     def stop(self) -> None:
-        """Stops nova-compute; its servers run on. Nova's API calls it down at once."""
+        """Ends nova-compute, which else takes a minute to say goodbye; its servers run on. Nova calls it down at once."""
         assert self._compute
-        self._compute.terminate()
-        self._compute.wait(60)
+        self._compute.kill()
+        self._compute.wait()
         self._force_down(True)
 
     def restart(self, **settings: str) -> None:

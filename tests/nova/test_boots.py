@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import time
 
 import pytest
@@ -152,7 +153,7 @@ def test_a_lost_base_comes_back_by_the_commands_of_the_readme(rig: Rig, raw: Dis
         time.sleep(1)
         rig.wait(server, "ACTIVE", 20)
     assert rig.server(server)["status"] != "ACTIVE"
-    backup.rename(rig.entry(image))
+    shutil.move(backup, rig.entry(image))
     os.chown(rig.entry(image), owner.st_uid, owner.st_gid)
     rig.entry(image).chmod(0o644)
     for command in readme_commands("openstack server"):
