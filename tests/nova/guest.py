@@ -30,10 +30,9 @@ INIT = f"""#!/busybox sh
 exec >/dev/ttyS0 2>&1
 for module in {" ".join(MODULES)}; do /busybox insmod /$module.ko; done
 echo "{UP}"
-echo "{PROOF}$(/busybox dd if=/dev/vda bs=1M count={PROVED_MIB} 2>/dev/null | /busybox md5sum | /busybox cut -c -32)"
-while /busybox sleep 3; do
-    echo "{ALIVE}$(/busybox dd if=/dev/vda bs=1M count=1 iflag=direct 2>/dev/null | /busybox md5sum | /busybox cut -c -32)"
-done
+prove() {{ /busybox dd if=/dev/vda bs=1M count=$1 $2 2>/dev/null | /busybox md5sum | /busybox cut -c -32; }}
+echo "{PROOF}$(prove {PROVED_MIB})"
+while /busybox sleep 3; do echo "{ALIVE}$(prove 1 iflag=direct)"; done
 """
 
 

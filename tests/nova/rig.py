@@ -145,7 +145,7 @@ class Node:
         wait_until(self._up, f"{self.name}", START_SECONDS)
 
     def stop(self) -> None:
-        """Ends nova-compute, which else takes a minute to say goodbye; its servers run on. Nova calls it down at once."""
+        """Ends nova-compute, which would take a minute to say goodbye; its servers run on. Nova calls it down."""
         assert self._compute
         self._compute.kill()
         self._compute.wait()
