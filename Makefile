@@ -6,6 +6,7 @@ VENV := .venv
 # OpenStack command line client, for the benchmark of what the command replaces.
 CLOUD := .cloud
 OPENSTACK := .openstack
+NOVA := .nova
 export CLOUD_VENV := $(CURDIR)/$(CLOUD)
 export OPENSTACK_VENV := $(CURDIR)/$(OPENSTACK)
 
@@ -15,7 +16,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadgroup
 test: WORKERS := 3
 test-module: WORKERS := 0
 
-.PHONY: demo cloud test test-module test-cephfs test-knfs bench lint clean
+.PHONY: demo cloud test test-module test-cephfs test-knfs bench boot test-nova lint clean
 
 demo: $(VENV)/installed $(CLOUD)/installed
 	@$(VENV)/bin/python tests/demo.py
@@ -50,18 +51,34 @@ test-knfs: $(VENV)/installed $(CLOUD)/installed
 		qemu-system-x86 iproute2 e2fsprogs xfsprogs btrfs-progs
 	@PYTHONPATH=tests $(VENV)/bin/python tests/heavy/knfs.py
 
+# A whole Nova that boots servers, below tests/nova: as root, and not part of `make test`, since they take their time.
+# ROUNDS and SIZES (in MiB) make `make boot` shorter; TESTS, as in pytest's -k, `make test-nova`.
+INSIDE = PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/nova $(VENV)/bin/python tests/nova/inside.py $(VENV)/bin/python
+
+boot: $(VENV)/installed $(CLOUD)/installed $(NOVA)/installed
+	@$(INSIDE) tests/nova/boot.py $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SIZES),--sizes $(SIZES))
+
+test-nova: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed $(NOVA)/installed
+	@$(INSIDE) -m pytest tests/nova --override-ini=norecursedirs= -p rig_fixtures -p no:cacheprovider -v $(if $(TESTS),-k "$(TESTS)")
+
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(CLOUD) $(OPENSTACK)
+	rm -rf $(VENV) $(CLOUD) $(OPENSTACK) $(NOVA)
 
 $(VENV)/installed: setup.py pyproject.toml
 	@tests/need.sh "python3 -c 'import ensurepip'" python3-venv
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(NOVA)/installed: tests/nova/install.sh tests/nova/requirements.txt
+	@tests/nova/install.sh $(CURDIR)/$(NOVA)/guest
+	python3 -m venv $(NOVA)
+	$(NOVA)/bin/pip install --quiet --requirement tests/nova/requirements.txt "libvirt-python==$$(pkg-config --modversion libvirt)"
 	touch $@
 
 .%/installed: tests/%-requirements.txt

@@ -1,0 +1,47 @@
+"""Draws seconds against size as an SVG. Reads what to draw as JSON, and runs where matplotlib is."""
+
+import json
+import sys
+
+import matplotlib as mpl
+
+COLOURS = {"Nova downloads": "#b3362b", "linked before": "#1f6f4a"}
+LABELS = {"Nova downloads": "Nova downloads the image", "linked before": "ln-images has linked it"}
+
+
+def main() -> None:
+    """One line for each way to boot, named at its end."""
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    asked = json.load(sys.stdin)
+    mpl.rcParams.update({"svg.hashsalt": "ln-images", "font.size": 11, "font.family": "sans-serif"})
+    figure, axes = pyplot.subplots(figsize=(7.2, 3.6), layout="constrained")
+    for way, seconds in asked["lines"].items():
+        axes.plot(asked["sizes"], seconds, marker="o", color=COLOURS[way], linewidth=2)
+        for size, each in zip(asked["sizes"], seconds, strict=True):
+            axes.annotate(
+                f"{each:.1f} s",
+                (size, each),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+                color=COLOURS[way],
+            )
+        end = (asked["sizes"][-1], seconds[-1])
+        axes.annotate(
+            LABELS[way], end, xytext=(-28, 8), textcoords="offset points", ha="right", color=COLOURS[way], weight="bold"
+        )
+    axes.set_xlabel("size of the image in GiB")
+    axes.set_ylabel("seconds")
+    axes.set_title("First boot of an image: from POST /servers to ACTIVE", loc="left")
+    axes.set_xticks(asked["sizes"])
+    axes.set_ylim(bottom=0, top=max(asked["lines"]["Nova downloads"]) * 1.2)
+    axes.set_xlim(left=0, right=asked["sizes"][-1] * 1.08)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(asked["path"], metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""What the tests on the rig share: how a pass is read, a command that watches, and the README's own commands."""
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from cloud import ROOT
+from rig import COMMAND, Rig
+
+
+def outcome(report: dict[str, Any], image: str) -> str:
+    """What a pass said of one image."""
+    return next((each["outcome"] for each in report["images"] if each["id"] == image), "not named")
+
+
+@contextlib.contextmanager
+def watching(rig: Rig) -> Iterator[None]:
+    """``ln-images --every 10`` at work."""
+    process = subprocess.Popen([COMMAND, "-q", "--every", "10"], env=rig.operator())
+    try:
+        # Its first pass is over then: what follows is seen by itself or by the clock.
+        time.sleep(4)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def readme_commands(beginning: str) -> list[str]:
+    """The commands of the README's indented blocks that begin so, after the words "When a base was lost"."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("a base was lost", 1)[1].split("\n## ", 1)[0]
+    return [line.strip() for line in text.splitlines() if line.startswith(f"    {beginning}")]

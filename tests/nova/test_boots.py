@@ -1,0 +1,162 @@
+"""What Nova does with linked images, shown with servers that boot."""
+
+import contextlib
+import os
+import shutil
+import time
+
+import pytest
+
+from cloud import wait_until
+from rig import Rig
+from rig_fixtures import Disk
+from scenes import outcome, readme_commands, watching
+
+CONVERTED = {"DEFAULT": "force_raw_images = True"}
+AS_THEY_ARE = {"DEFAULT": "force_raw_images = False"}
+
+
+def test_an_image_without_a_link_is_downloaded_whole(rig: Rig, raw: Disk) -> None:
+    """Without a link Glance serves every byte of an image: what the other tests count is there to be counted."""
+    image = rig.image("unlinked", raw.path)
+    server = rig.boot(image)
+    assert rig.served(image) == raw.size
+    assert rig.proof(server) == raw.md5
+
+
+def test_a_linked_raw_image_boots_and_nothing_is_fetched(rig: Rig, raw: Disk) -> None:
+    """A server of a linked raw image runs on the link itself, and Glance serves no byte of it."""
+    image = rig.image("raw", raw.path)
+    assert outcome(rig.ln_images(), image) == "linked"
+    server = rig.boot(image)
+    assert rig.served(image) == 0
+    assert rig.proof(server) == raw.md5
+    assert rig.node.chain(server)[0]["backing-filename-format"] == "raw"
+    assert rig.node.bases(server) == {rig.entry(image).name}
+    assert rig.entry(image).samefile(rig.cloud.images / image)
+
+
+def test_starting_a_server_leaves_owner_and_mode_of_its_base_alone(rig: Rig, raw: Disk) -> None:
+    """With the owner that libvirt gives to bases, a start takes nothing away that a pass would have to mend."""
+    image = rig.image("owned", raw.path)
+    rig.ln_images()
+    before = rig.entry(image).stat()
+    server = rig.boot(image)
+    rig.act(server, "os-stop", "SHUTOFF")
+    rig.act(server, "os-start", "ACTIVE")
+    after = rig.entry(image).stat()
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+    assert outcome(rig.ln_images(), image) == "present"
+
+
+@pytest.mark.parametrize("settings", [CONVERTED, AS_THEY_ARE], ids=["force_raw_images", "no-force_raw_images"])
+def test_a_linked_qcow2_image_is_used_as_it_is(rig: Rig, qcow2: Disk, settings: dict[str, str]) -> None:
+    """Whatever force_raw_images says, a linked qcow2 image is used as qcow2, and nothing is fetched."""
+    rig.node.restart(**settings)
+    image = rig.image("qcow2", qcow2.path, "qcow2")
+    rig.ln_images()
+    server = rig.boot(image)
+    assert rig.served(image) == 0
+    assert rig.proof(server) == qcow2.md5
+    assert rig.node.chain(server)[0]["backing-filename-format"] == "qcow2"
+
+
+def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, qcow2: Disk) -> None:
+    """Nova puts a raw copy in the lost link's place, and the servers fail until that is gone and the link back."""
+    rig.node.restart(**CONVERTED)
+    image = rig.image("lost-qcow2", qcow2.path, "qcow2")
+    rig.ln_images()
+    server = rig.boot(image)
+    rig.entry(image).unlink()
+    with pytest.raises(RuntimeError, match="ERROR"):
+        rig.act(server, "reboot", "ACTIVE", {"type": "HARD"})
+    assert rig.served(image) == qcow2.size
+    assert outcome(rig.ln_images(), image) == "occupied"
+    rig.entry(image).unlink()
+    assert outcome(rig.ln_images(), image) == "linked"
+    rig.act(server, "reboot", "ACTIVE", {"type": "HARD"})
+    assert rig.proof(server) == qcow2.md5
+
+
+def test_a_qcow2_link_lost_without_force_raw_images_is_only_fetched_again(rig: Rig, qcow2: Disk) -> None:
+    """Without force_raw_images Nova's own copy is the same qcow2: the server starts, for the price of a download."""
+    rig.node.restart(**AS_THEY_ARE)
+    image = rig.image("fetched-qcow2", qcow2.path, "qcow2")
+    rig.ln_images()
+    server = rig.boot(image)
+    rig.entry(image).unlink()
+    rig.act(server, "reboot", "ACTIVE", {"type": "HARD"})
+    assert rig.served(image) == qcow2.size
+    assert rig.proof(server) == qcow2.md5
+
+
+def test_a_snapshot_of_a_running_server_is_linked_when_it_is_active_and_boots(rig: Rig, raw: Disk) -> None:
+    """A snapshot under way is never linked; once it is active it is, and a server boots from it without a download."""
+    image = rig.image("original", raw.path)
+    rig.ln_images()
+    server = rig.boot(image)
+    answer = rig.compute.post(f"/servers/{server}/action", json={"createImage": {"name": "snapshot"}})
+    snapshot = answer.json()["image_id"]
+    seen: list[tuple[str, str]] = []
+    while not seen or seen[-1][0] != "active":
+        before = rig.cloud.status(snapshot)
+        seen.append((before, outcome(rig.ln_images(), snapshot)))
+        assert before == "active" or not rig.entry(snapshot).exists() or rig.cloud.status(snapshot) == "active"
+    assert seen[-1][1] in ("linked", "present")
+    rig.wait(server, "ACTIVE")
+    second = rig.boot(snapshot)
+    assert rig.served(snapshot) == 0
+    assert rig.proof(second) == raw.md5
+    assert rig.node.bases(second) == {rig.entry(snapshot).name}
+
+
+def test_servers_of_fresh_images_beat_no_watching_pass(rig: Rig, raw: Disk) -> None:
+    """Under ``--every 10``, which reacts to files that Glance finishes, servers made at once fetch nothing."""
+    with watching(rig):
+        images = []
+        for number in range(5):
+            images.append(rig.image(f"fresh-{number}", raw.path))
+            rig.boot(images[-1], wait=False)
+        wait_until(lambda: all(rig.entry(image).exists() for image in images), "five links", 60)
+    assert [rig.served(image) for image in images] == [0] * len(images)
+
+
+def test_a_download_that_is_under_way_replaces_a_link_made_meanwhile(rig: Rig, slow: Disk) -> None:
+    """Nova renames its own copy over a link that appears while it downloads: that is why such an image waits."""
+    image = rig.image("late", slow.path)
+    server = rig.boot(image, wait=False)
+    part = rig.entry(image).with_suffix(".part")
+    wait_until(part.exists, "the download", 60)
+    assert outcome(rig.ln_images(), image) == "waiting"
+    os.link(rig.cloud.images / image, rig.entry(image))
+    assert part.exists()
+    wait_until(lambda: not part.exists(), "the end of the download", 120)
+    rig.wait(server, "ACTIVE")
+    assert not rig.entry(image).samefile(rig.cloud.images / image)
+    assert outcome(rig.ln_images(), image) == "occupied"
+    assert rig.proof(server) == slow.md5
+
+
+def test_a_lost_base_comes_back_by_the_commands_of_the_readme(rig: Rig, raw: Disk) -> None:
+    """A server whose base was lost does not start; with the base put back the README's commands start it."""
+    image = rig.image("lost", raw.path)
+    rig.ln_images()
+    server = rig.boot(image)
+    backup = rig.directory / "backup"
+    backup.write_bytes(rig.entry(image).read_bytes())
+    owner = rig.entry(image).stat()
+    rig.cloud.delete(image)
+    rig.act(server, "os-stop", "SHUTOFF")
+    rig.entry(image).unlink()
+    with contextlib.suppress(RuntimeError, TimeoutError):
+        rig.compute.post(f"/servers/{server}/action", json={"os-start": None})
+        time.sleep(1)
+        rig.wait(server, "ACTIVE", 20)
+    assert rig.server(server)["status"] != "ACTIVE"
+    shutil.move(backup, rig.entry(image))
+    os.chown(rig.entry(image), owner.st_uid, owner.st_gid)
+    rig.entry(image).chmod(0o644)
+    for command in readme_commands("openstack server"):
+        rig.openstack(*command.replace("SERVER", server).split()[1:])
+    rig.wait(server, "ACTIVE")
+    assert rig.proof(server) == raw.md5
