@@ -428,7 +428,7 @@ class Upload:
             raise RuntimeError(f"upload of {self._image_id}: HTTP {answer.status} {body!r}")
 
 
-def wait_until(condition: Any, what: str, seconds: float = 30.0) -> None:
+def wait_until(condition: Any, what: str, seconds: float = 120.0) -> None:
     """Polls until ``condition()`` is true, or fails with ``what`` was waited for."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -400,7 +400,12 @@ def begin_linking(node: Node) -> subprocess.Popen[str]:
     """Starts the command and returns when it has made its first links."""
     before = len(node.names())
     process = subprocess.Popen([COMMAND, "-q"], env=node.environment(), stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: len(node.names()) > before + 10 or process.poll() is not None, "the first links")
+    try:
+        wait_until(lambda: len(node.names()) > before + 10 or process.poll() is not None, "the first links")
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
     return process
 
 

@@ -70,7 +70,7 @@ def test_a_service_that_breaks(node: Node, front: Front, service: str, status: i
 
 def soon(answer: Answer) -> tuple[str, ...]:
     """The option with which a server that hangs is given up soon."""
-    return ("--timeout", "2") if answer.hang else ()
+    return ("--timeout", "5") if answer.hang else ()
 
 
 @pytest.mark.parametrize(

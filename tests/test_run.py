@@ -86,10 +86,14 @@ def test_one_process_makes_passes_with_one_token(node: Node) -> None:
     """With --every the version and the token are asked for once, and the connection is kept."""
     node.cloud.image("image", DATA)
     node.run("-q")
-    before = requests(node)
-    run = node.run("--every", "0.2", "--for", "3", "--format", "json")
-    assert run.returncode == 0, run.stderr
-    passes = len(run.stdout.splitlines())
+    # On a busy machine three passes take longer.
+    for seconds in ("3", "15", "60"):
+        before = requests(node)
+        run = node.run("--every", "0.2", "--for", seconds, "--format", "json")
+        assert run.returncode == 0, run.stderr
+        passes = len(run.stdout.splitlines())
+        if passes >= 3:
+            break
     assert passes >= 3
     asked = list((requests(node) - before).elements())
     assert sum("/v3" in path for path in asked) == 2
