@@ -360,7 +360,8 @@ class Cloud:
         }.get(program, [])
         with (self.directory / log).open("ab") as output:
             process = subprocess.Popen(
-                [SERVERS / "bin" / program, *configuration, *arguments],
+                # It does not outlive this process, even one that is killed.
+                ["setpriv", "--pdeathsig", "TERM", SERVERS / "bin" / program, *configuration, *arguments],
                 cwd=self.directory,
                 env=environment,
                 stdin=subprocess.DEVNULL,
