@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -11,14 +10,14 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cloud import wait_until
-from conftest import COMMAND, SCHEMA, Node, needs_root
+from conftest import COMMAND, Node, needs_root
 from faulty import Answer, Faulty
 from ln_images.watch import Watch, repeat
+from repeating import running
 from test_run import DATA, requests
 
 NEVER = 3600.0
@@ -248,44 +247,6 @@ def test_no_pass_begins_early_nor_ends_late(store: Path) -> None:
 # The command at work
 
 
-class Running:
-    """The command under --every in a process of its own."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self._output = iter(process.stdout or ())
-
-    def report(self) -> dict[str, Any]:
-        """The next report that it prints."""
-        document: dict[str, Any] = json.loads(next(self._output))
-        SCHEMA.validate(document)
-        return document
-
-    def ended(self, number: int | None = signal.SIGTERM) -> tuple[int, list[str]]:
-        """Its exit status and its lines of error, after a signal if one is named."""
-        if number is not None:
-            self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=60)
-        return self.process.returncode, errors.splitlines()
-
-
-@contextlib.contextmanager
-def running(node: Node, *arguments: str, **variables: str | None) -> Iterator[Running]:
-    """The command with reports in JSON; it is gone when the block ends."""
-    process = subprocess.Popen(
-        [COMMAND, "--format", "json", *arguments],
-        env=node.environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield Running(process)
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @contextlib.contextmanager
 def locked(node: Node) -> Iterator[None]:
     """The lock of the node's cache, held as by another run."""
@@ -351,7 +312,7 @@ def test_two_runs_at_once_do_the_work_once(node: Node) -> None:
         wait_until(lambda: all(map(node.linked, images)), "the links")
         for run in (one, other):
             run.process.send_signal(signal.SIGTERM)
-            reports += map(json.loads, run._output)
+            reports += run.reports
             assert run.ended(None) == (130, [INTERRUPTED])
     linked = [image["id"] for report in reports for image in report["images"] if image["outcome"] == "linked"]
     assert sorted(linked) == sorted(images)
