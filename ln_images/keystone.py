@@ -40,6 +40,7 @@ class Connection:
     ) -> None:
         for scheme in ("http://", "https://"):
             session.session.mount(scheme, _bounded())
+        _name_keystone(session.auth)
         self.session, self.region, self.interface = session, region, interface
         self.seconds = _REQUESTS * timeout
 
@@ -48,6 +49,22 @@ class Connection:
         get_access = getattr(self.session.auth, "get_access", None)
         with asking("Keystone", self.seconds):
             return get_access is None or "admin" in (role.lower() for role in get_access(self.session).role_names)
+
+
+def _name_keystone(auth: Any) -> None:
+    """Lets what goes wrong with a token be Keystone's fault, also where it was renewed while another was asked."""
+    ask = getattr(auth, "get_auth_ref", None)
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return ask(*args, **kwargs)  # type: ignore[misc]
+        except LnImagesError:
+            raise
+        except Exception as error:
+            raise _translated("Keystone", error) from None
+
+    if ask is not None:
+        auth.get_auth_ref = asked
 
 
 def connect(environment: Mapping[str, str], timeout: float, os_cloud: str | None = None) -> Connection:

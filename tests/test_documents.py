@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import man
-from cloud import ROOT, SERVERS
-from conftest import COMMAND, REFERENCE, Node, block
+from cloud import ROOT, SERVERS, wait_until
+from conftest import COMMAND, REFERENCE, Node, block, needs_root
 
 CRONTAB = (ROOT / "crontab.example").read_text(encoding="utf-8")
 
@@ -79,14 +80,20 @@ def test_the_crontab_prunes_once_an_hour_only_where_it_is_wanted() -> None:
     assert re.search(r"^#\d+ \* \* \* \* .*--prune$", CRONTAB, re.MULTILINE)
 
 
+def write_openrc(node: Node, directory: Path) -> Path:
+    """The openrc that the crontab reads."""
+    openrc = directory / "admin-openrc"
+    openrc.write_text("".join(f"export {key}='{value}'\n" for key, value in node.cloud.environment().items()))
+    return openrc
+
+
 @pytest.mark.parametrize("line", [0, 1, 6])
 def test_a_line_of_the_crontab_works_under_crons_shell(node: Node, tmp_path: Path, line: int) -> None:
     """A line links under /bin/sh with cron's few variables and the crontab's own, and prints nothing."""
     image = node.cloud.image("image", b"\1" * 1000)
-    openrc = tmp_path / "admin-openrc"
-    openrc.write_text("".join(f"export {key}='{value}'\n" for key, value in node.cloud.environment().items()))
+    openrc = write_openrc(node, tmp_path)
     command = crontab_lines()[line].replace("/root/admin-openrc", str(openrc)).replace("sleep 10", "sleep 1")
-    command = command.replace("--for 58", "--for 3")
+    command = command.replace("--for 65", "--for 3")
     settings = dict(re.findall(r"^([A-Z_]+)=(.*)$", CRONTAB, re.MULTILINE))
     assert set(settings) == {"PATH", "MAILTO", "LN_IMAGES_LOG_FILE"}
     here = {key: value for key, value in node.environment().items() if key.startswith(("LN_IMAGES_", "COV"))}
@@ -103,3 +110,42 @@ def test_a_line_of_the_crontab_works_under_crons_shell(node: Node, tmp_path: Pat
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert node.linked(image)
     assert f"linked: {image}" in (tmp_path / "log").read_text()
+
+
+# Cron in namespaces of its own, with one crontab and nothing of the machine's.
+CRON = """
+set -e
+mount -t tmpfs none /run
+mount -t tmpfs none /etc/cron.d
+mount -t tmpfs none /var/spool/cron/crontabs
+mount --bind /dev/null /etc/crontab
+echo 'session required pam_permit.so\naccount required pam_permit.so\nauth required pam_permit.so' > /run/pam
+mount --bind /run/pam /etc/pam.d/cron
+install -m 0600 "$0" /var/spool/cron/crontabs/root
+exec cron -f -L 0
+"""
+needs_cron = pytest.mark.skipif(shutil.which("cron") is None, reason="needs Debian's cron")
+
+
+@needs_root
+@needs_cron
+def test_the_line_that_reacts_links_under_a_real_cron(node: Node, tmp_path: Path) -> None:
+    """The crontab word for word, the line in place of the six: an image is linked, and one that comes after it."""
+    text = re.sub(r"^\*", "#*", CRONTAB, flags=re.MULTILINE)
+    text = re.sub(r"^#(.*--every 10 --for 65)$", r"\1", text, flags=re.MULTILINE)
+    text = text.replace("/root/admin-openrc", str(write_openrc(node, tmp_path)))
+    text = text.replace("/opt/ln-images/bin", str(COMMAND.parent)).replace("/var/log/ln-images.log", f"{tmp_path}/log")
+    settings = [f"{name}={value}\n" for name, value in node.environment().items() if name.startswith("LN_IMAGES_")]
+    crontab = tmp_path / "crontab"
+    crontab.write_text("".join(settings) + text)
+    first = node.cloud.image("first", b"\1" * 1000)
+    space = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    cron = subprocess.Popen([*space, "sh", "-c", CRON, crontab])
+    try:
+        wait_until(lambda: node.linked(first), "the next minute", 120)
+        second = node.cloud.image("second", b"\1" * 1000)
+        wait_until(lambda: node.linked(second), "the second image", 120)
+        assert cron.poll() is None
+    finally:
+        cron.kill()
+        cron.wait()

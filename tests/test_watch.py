@@ -2,7 +2,7 @@
 
 import contextlib
 import fcntl
-import json
+import itertools
 import os
 import signal
 import subprocess
@@ -10,14 +10,14 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cloud import wait_until
-from conftest import COMMAND, SCHEMA, Node, needs_root
+from conftest import COMMAND, Node, needs_root
 from faulty import Answer, Faulty
 from ln_images.watch import Watch, repeat
+from repeating import running
 from test_run import DATA, requests
 
 NEVER = 3600.0
@@ -247,44 +247,6 @@ def test_no_pass_begins_early_nor_ends_late(store: Path) -> None:
 # The command at work
 
 
-class Running:
-    """The command under --every in a process of its own."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self._output = iter(process.stdout or ())
-
-    def report(self) -> dict[str, Any]:
-        """The next report that it prints."""
-        document: dict[str, Any] = json.loads(next(self._output))
-        SCHEMA.validate(document)
-        return document
-
-    def ended(self, number: int | None = signal.SIGTERM) -> tuple[int, list[str]]:
-        """Its exit status and its lines of error, after a signal if one is named."""
-        if number is not None:
-            self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=60)
-        return self.process.returncode, errors.splitlines()
-
-
-@contextlib.contextmanager
-def running(node: Node, *arguments: str, **variables: str | None) -> Iterator[Running]:
-    """The command with reports in JSON; it is gone when the block ends."""
-    process = subprocess.Popen(
-        [COMMAND, "--format", "json", *arguments],
-        env=node.environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield Running(process)
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @contextlib.contextmanager
 def locked(node: Node) -> Iterator[None]:
     """The lock of the node's cache, held as by another run."""
@@ -350,7 +312,7 @@ def test_two_runs_at_once_do_the_work_once(node: Node) -> None:
         wait_until(lambda: all(map(node.linked, images)), "the links")
         for run in (one, other):
             run.process.send_signal(signal.SIGTERM)
-            reports += map(json.loads, run._output)
+            reports += run.reports
             assert run.ended(None) == (130, [INTERRUPTED])
     linked = [image["id"] for report in reports for image in report["images"] if image["outcome"] == "linked"]
     assert sorted(linked) == sorted(images)
@@ -369,23 +331,15 @@ def test_a_run_that_never_comes_to_a_pass_ends_with_75(node: Node) -> None:
 
 
 @contextlib.contextmanager
-def fronts(node: Node) -> Iterator[tuple[dict[str, list[Answer]], dict[str, str | None]]]:
-    """Servers before Keystone and Glance, the answers that each gives before real ones, and what chooses them.
-
-    The last answer of a list is given for as long as it is there.
-    """
-    answers: dict[str, list[Answer]] = {"keystone": [], "glance": []}
-
-    def rule(name: str) -> Callable[[str], str | Answer]:
-        def answer(path: str) -> str | Answer:
-            given = answers[name]
-            return path if not given else given[0] if len(given) == 1 else given.pop(0)
-
-        return answer
-
+def fronts(node: Node) -> Iterator[tuple[dict[str, Iterator[Answer]], dict[str, str | None]]]:
+    """Servers before Keystone and Glance, what each answers before it answers really, and what chooses them."""
+    answers: dict[str, Iterator[Answer]] = {"keystone": iter(()), "glance": iter(())}
     identity = node.cloud.identity()
     service = identity.get("/services", params={"type": "image"}).json()["services"][0]["id"]
-    with Faulty(node.cloud.glance, rule("glance")) as glance, Faulty(node.cloud.keystone, rule("keystone")) as keystone:
+    with (
+        Faulty(node.cloud.glance, lambda path: next(answers["glance"], path)) as glance,
+        Faulty(node.cloud.keystone, lambda path: next(answers["keystone"], path)) as keystone,
+    ):
         region = f"port-{glance.server_port}"
         endpoint = {"service_id": service, "interface": "public", "region": region, "url": glance.url}
         made = identity.post("/endpoints", json={"endpoint": endpoint}).json()["endpoint"]["id"]
@@ -401,25 +355,29 @@ def test_a_cloud_that_goes_away_and_comes_back(node: Node, tmp_path: Path) -> No
     A token that expires meanwhile is a new token, without a word.
     """
     log = tmp_path / "log"
-    with (
-        fronts(node) as (answers, variables),
-        running(node, "-q", "--every", "0.1", "--log-file", str(log), **variables) as run,
-    ):
-        run.report()
-        for name, down in (
-            ("glance", {"glance": [Answer(503)]}),
-            ("keystone", {"glance": [Answer(401)], "keystone": [Answer(503)]}),
-        ):
-            answers.update(down)
-            image = node.cloud.image(name, DATA)
-            wait_until(lambda: f"{name.title()} cannot be asked" in log.read_text(), "the line that it is away")  # noqa: B023
-            time.sleep(1)
+    arguments = ("-q", "--every", "0.1", "--log-file", str(log))
+    with fronts(node) as (answers, variables), running(node, *arguments, **variables) as run:
+
+        def works() -> None:
+            image = node.cloud.image("image", DATA)
+            wait_until(lambda: node.linked(image), "the link")
+
+        def comes_back(name: str) -> None:
+            wait_until(lambda: f"{name} cannot be asked" in log.read_text(), "the line that it is away")
+            image = node.cloud.image("image", DATA)
             assert not node.linked(image)
-            answers.update(glance=[], keystone=[])
-            wait_until(lambda: node.linked(image), "the link")  # noqa: B023
-            wait_until(lambda: f"it is over: {name.title()}" in log.read_text(), "the line that it is back")  # noqa: B023
-        answers["glance"] = [Answer(401), Answer(401)]
-        answers["glance"].pop()
+            answers.update(glance=iter(()), keystone=iter(()))
+            wait_until(lambda: node.linked(image), "the link")
+            wait_until(lambda: f"it is over: {name}" in log.read_text(), "the line that it is back")
+
+        works()
+        answers["glance"] = iter([Answer(401)])
+        works()
+        answers["glance"] = itertools.repeat(Answer(503))
+        comes_back("Glance")
+        answers["keystone"] = itertools.repeat(Answer(503))
+        answers["glance"] = iter([Answer(401)])
+        comes_back("Keystone")
         status, errors = run.ended()
     assert (status, [line.split(": ")[1] for line in errors]) == (
         130,
@@ -433,14 +391,12 @@ def test_a_password_that_is_changed_ends_it(node: Node) -> None:
     """With one line and status 2: a password that is refused is not tried again and again, which locks accounts."""
     name = f"user-{uuid.uuid4()}"
     who = node.cloud.add_user(name, name, "admin")
-    with (
-        fronts(node) as (answers, variables),
-        running(node, "--every", "0.1", OS_USERNAME=name, OS_PROJECT_NAME=name, **variables) as run,
-    ):
-        run.report()
-        identity = node.cloud.identity()
-        identity.patch(f"/users/{who.get_user_id()}", json={"user": {"password": "another"}})
-        answers["glance"] = [Answer(401)]
+    image = node.cloud.image("image", DATA)
+    user: dict[str, str | None] = {"OS_USERNAME": name, "OS_PROJECT_NAME": name}
+    with fronts(node) as (answers, variables), running(node, "-q", "--every", "0.1", **user, **variables) as run:
+        wait_until(lambda: node.linked(image), "the link")
+        node.cloud.identity().patch(f"/users/{who.get_user_id()}", json={"user": {"password": "another"}})
+        answers["glance"] = iter([Answer(401)])
         status, errors = run.ended(None)
     assert (status, errors) == (2, ["ln-images: Keystone refuses the credentials: HTTP 401: check your openrc"])
 
