@@ -148,15 +148,15 @@ def can_digest(checksum: tuple[str, str]) -> bool:
     algorithm, value = checksum
     try:
         return bool(value) and len(value) == 2 * hashlib.new(algorithm, usedforsecurity=False).digest_size
-    except ValueError:
+    except (TypeError, ValueError):
         return False
 
 
 def digest(descriptor: int, algorithm: str, progress: Callable[[int], object]) -> str:
     """The digest, in hex, of all that a descriptor holds, by the name of an algorithm that hashlib has.
 
-    ``progress`` is told the bytes of each step. A thread hashes while the next step is read. What is in the page cache
-    is read there and stays, and the rest is read past it (O_DIRECT), so that what serves boots is not driven out.
+    ``progress`` is told the bytes of each step. A thread hashes while the next step is read. It is read past the page
+    cache (O_DIRECT), so that what serves boots there is not driven out.
     """
     hashed = hashlib.new(algorithm, usedforsecurity=False)
     # Of whole pages, as O_DIRECT wants them.
@@ -164,7 +164,7 @@ def digest(descriptor: int, algorithm: str, progress: Callable[[int], object]) -
     offset, end = 0, os.fstat(descriptor).st_size
     with _direct(descriptor) as direct, concurrent.futures.ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(int)
-        while offset < end and (size := _read(descriptor, direct, buffer, offset)):
+        while offset < end and (size := os.preadv(direct, [buffer], offset)):
             hashing.result()
             hashing = pool.submit(hashed.update, buffer[:size])  # type: ignore[arg-type]
             progress(size)
@@ -182,13 +182,6 @@ def _direct(descriptor: int) -> Iterator[int]:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
             stack.callback(os.close, descriptor)
         yield descriptor
-
-
-def _read(descriptor: int, direct: int, buffer: memoryview, offset: int) -> int:
-    """Reads what is in the page cache from ``offset`` on, or else what is not; how many bytes."""
-    with contextlib.suppress(OSError):
-        return os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
-    return os.preadv(direct, [buffer], offset)
 
 
 class _Reader:

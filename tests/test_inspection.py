@@ -1,6 +1,9 @@
 """Content: real files, judged through real descriptors, with QEMU's own word as the measure."""
 
+import ctypes
+import hashlib
 import json
+import mmap
 import os
 import re
 import struct
@@ -14,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corpus
+from conftest import needs_root
 from corpus import ISO, KIB, LINUX, MIB, PROTECTIVE, Make, data, mbr, patched, qemu
-from ln_images.inspection import objection
+from ln_images.inspection import can_digest, digest, objection
 
 DISK_FORMATS = ("raw", "ami", "aki", "ari", "iso", "qcow2")
 GPT = mbr(PROTECTIVE) + b"EFI PART".ljust(512, b"\0")
@@ -378,3 +382,93 @@ def test_what_is_accepted_qemu_takes_for_the_same(
         assert [seen["format"]] == accepted
         assert not {"backing-filename", "full-backing-filename"} & set(seen)
         assert "data-file" not in json.dumps(seen.get("format-specific"))
+
+
+def sha512(path: Path) -> tuple[str, int]:
+    """The digest of a file, and how many bytes were told of."""
+    steps: list[int] = []
+    with opened(path) as descriptor:
+        return digest(descriptor, "sha512", steps.append), sum(steps)
+
+
+def forget(path: Path) -> None:
+    """Takes a file out of the page cache."""
+    with opened(path) as descriptor:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def resident(path: Path) -> set[int]:
+    """The pages of a file that are in the page cache (mincore(2))."""
+    with opened(path) as descriptor, mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        first = ctypes.c_char.from_buffer(mapped)
+        fault = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), pages)
+        del first
+    assert not fault
+    return {number for number, page in enumerate(pages) if page & 1}
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4 * MIB - 1, 4 * MIB, 4 * MIB + 513, 9 * MIB + 1])
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_digest_is_of_every_byte(tmp_path: Path, size: int, cold: bool) -> None:
+    """Whatever the size, and wherever its content is, a file has the digest that hashlib has for it."""
+    content = os.urandom(size)
+    (tmp_path / "file").write_bytes(content)
+    if cold:
+        forget(tmp_path / "file")
+    assert sha512(tmp_path / "file") == (hashlib.sha512(content).hexdigest(), size)
+
+
+def test_the_page_cache_is_as_it_was(tmp_path: Path) -> None:
+    """What of a file was in the page cache is there after it was read whole, and nothing else of it."""
+    path = tmp_path / "file"
+    content = os.urandom(12 * MIB)
+    path.write_bytes(content)
+    forget(path)
+    if resident(path):
+        pytest.skip("a file system in memory has nothing else to read from")
+    with opened(path) as descriptor:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        for offset in (0, 100 * KIB, 5 * MIB, 8 * MIB - 4 * KIB, 12 * MIB - 1):
+            os.pread(descriptor, 8 * KIB, offset)
+    before = resident(path)
+    assert 5 <= len(before) < 100
+    assert sha512(path) == (hashlib.sha512(content).hexdigest(), len(content))
+    assert resident(path) == before
+
+
+@needs_root
+def test_a_file_system_that_knows_neither_way_is_read_all_the_same(tmp_path: Path) -> None:
+    """Where a file can be read neither past the page cache nor without waiting, it is read plainly."""
+    subprocess.run(["mount", "-t", "ramfs", "none", tmp_path], check=True)
+    try:
+        (tmp_path / "file").write_bytes(MARKER * MIB)
+        with pytest.raises(OSError, match="Invalid argument"):
+            os.open(tmp_path / "file", os.O_RDONLY | os.O_DIRECT)
+        with opened(tmp_path / "file") as descriptor, pytest.raises(OSError, match="not supported"):
+            os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
+        assert sha512(tmp_path / "file") == (hashlib.sha512(MARKER * MIB).hexdigest(), len(MARKER) * MIB)
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "value", "can"),
+    [
+        ("sha512", "0" * 128, True),
+        ("md5", "0" * 32, True),
+        ("blake2b", "0" * 128, True),
+        ("sha512", "0" * 64, False),
+        ("sha512", "", False),
+        ("", "", False),
+        ("", "0" * 128, False),
+        ("whirlpool-2", "0" * 128, False),
+        ("shake_128", "0" * 32, False),
+        ("sha512\0", "0" * 128, False),
+        ("\ud800", "0" * 128, False),
+    ],
+)
+def test_a_digest_needs_an_algorithm_and_its_length(algorithm: str, value: str, can: bool) -> None:
+    """What Glance says is compared only where hashlib has the algorithm and the value is one of it."""
+    assert can_digest((algorithm, value)) is can

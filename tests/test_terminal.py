@@ -96,3 +96,12 @@ def test_a_long_first_run_shows_how_far_it_is(node: Node, count: int, shown: boo
     assert f"{count} linked" in output
     assert ("Linking" in errors and "100%" in errors) is shown
     assert shown or not errors
+
+
+def test_an_audit_shows_how_far_it_is(node: Node) -> None:
+    """While images are read there is a bar over their bytes, and at the end how much was read at what rate."""
+    node.cloud.image("image", DATA)
+    output, errors = on_terminal(node, "--verify")
+    assert "Verifying" in errors
+    assert "100%" in errors
+    assert re.search(r"1 linked, 1 verified, 4\.9 KiB at .+/s, 0 without a checksum, \d+\.\d s", output)
