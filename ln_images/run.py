@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from ln_images import plan
 from ln_images.audit import Progress, audit
-from ln_images.disk import Disk
+from ln_images.disk import Disk, failure
 from ln_images.glance import Glance
 from ln_images.keystone import Connection
 from ln_images.model import (
@@ -173,10 +173,14 @@ class Passes:
 
     def _unknown(self, disk: Disk, ids: Iterable[str]) -> Iterator[Result]:
         for image_id in ids:
-            source = disk.source(image_id)
-            if source is not None:
-                image = Image(image_id, size=source.size)
-                yield Result(image, plan.cache_name(image_id), Verdict(Outcome.SKIPPED, plan.UNKNOWN))
+            verdict = Verdict(Outcome.SKIPPED, plan.UNKNOWN)
+            try:
+                source = disk.source(image_id)
+            except OSError as error:
+                source, verdict = None, failure(error)
+            if source is not None or verdict.outcome is Outcome.FAILED:
+                image = Image(image_id, size=source and source.size)
+                yield Result(image, plan.cache_name(image_id), verdict)
 
     def _clean_up(
         self, disk: Disk, bases: Sequence[Base], images: Sequence[Image], now: float
@@ -197,7 +201,7 @@ class Passes:
         """What is known from an earlier pass of files that get no link, as long as they have not changed."""
         now = time.monotonic()
         wanted = (self._judged[image_id] for image_id in unsettled if image_id in self._judged)
-        return [result for file, until, result in wanted if now < until and disk.source(result.image.id) == file]
+        return [result for file, until, result in wanted if now < until and _file(disk, result.image.id) == file]
 
     def _remember(self, disk: Disk, results: Iterable[Result]) -> None:
         """Keeps for a while what only another file could change: not what may become active, or is in the way."""
@@ -206,7 +210,7 @@ class Passes:
         for result in results:
             image, _, verdict = result
             if verdict.outcome in (Outcome.SKIPPED, Outcome.REFUSED) and image.status in ("active", ""):
-                file = disk.source(image.id) if plan.is_image_id(image.id) else None
+                file = _file(disk, image.id) if plan.is_image_id(image.id) else None
                 known = before.get(image.id)
                 if known is not None and known[2] is result:
                     self._judged[image.id] = known
@@ -235,6 +239,13 @@ class Passes:
         if told != self._directory:
             LOG.debug(text, *told)
         self._directory = told
+
+
+def _file(disk: Disk, image_id: str) -> File | None:
+    """What has an image's name in the store, where that can be told."""
+    with contextlib.suppress(OSError):
+        return disk.source(image_id)
+    return None
 
 
 def _noted(entries: Iterable[tuple[str, File | str]], files: dict[str, File]) -> Iterator[tuple[str, File | str]]:
