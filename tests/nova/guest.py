@@ -15,7 +15,7 @@ from cloud import ROOT
 
 MIB = 1024 * 1024
 KERNEL = ROOT / ".nova" / "guest"
-MODULES = ("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk")
+MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk")
 BOOT_MIB, PROVED_MIB = 20, 24
 SMALLEST = 28 * MIB
 # The lines that the guest prints begin so.

@@ -114,7 +114,7 @@ class Node:
         self.address = f"127.0.0.{number}"
         self.state = rig.directory / self.name
         self.settings: dict[str, str] = {}
-        self._first = dict(settings)
+        self._first, self._last_seen = dict(settings), None
         self._compute: subprocess.Popen[bytes] | None = None
         self._home = rig.spawn(f"{self.name}-namespace", "unshare", "--mount", "--uts", "sleep", "infinity")
         time.sleep(0.5)
@@ -136,6 +136,7 @@ class Node:
         lines = [f"[DEFAULT]\nhost = {self.name}\nmy_ip = {self.address}\n"]
         lines += [f"[{section}]\n{text}\n" for section, text in self.settings.items()]
         (Path("/etc/nova") / f"{self.name}.conf").write_text("".join(lines))
+        self._last_seen = (self._service() or {}).get("updated_at")
         files = ("--config-file", "/etc/nova/nova.conf", "--config-file", f"/etc/nova/{self.name}.conf")
         self._compute = self.rig.spawn(
             f"{self.name}-nova-compute",
@@ -221,9 +222,9 @@ class Node:
             raise RuntimeError(f"{self.name}: nova-compute ended: {self.rig.log(f'{self.name}-nova-compute')}")
         service = self._service()
         hypervisors = self.rig.compute.get("/os-hypervisors/detail").json()["hypervisors"]
-        return bool(service and service["state"] == "up") and self.name in {
-            each["hypervisor_hostname"] for each in hypervisors
-        }
+        # What was seen of a nova-compute that has been ended since says nothing of this one.
+        seen = service and service["state"] == "up" and service["updated_at"] != self._last_seen
+        return bool(seen) and self.name in {each["hypervisor_hostname"] for each in hypervisors}
 
     def _force_down(self, down: bool) -> None:
         service = self._service()

@@ -1,4 +1,4 @@
-"""What the tests on the rig share: how a pass is read, a command that watches, and the README's own commands."""
+"""What the tests on the rig share: how a pass is read, and a command that watches."""
 
 import contextlib
 import subprocess
@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from cloud import ROOT
 from rig import COMMAND, Rig
 
 
@@ -26,9 +25,3 @@ def watching(rig: Rig) -> Iterator[None]:
     finally:
         process.terminate()
         process.wait()
-
-
-def readme_commands(beginning: str) -> list[str]:
-    """The commands of the README's indented blocks that begin so, after the words "When a base was lost"."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("a base was lost", 1)[1].split("\n## ", 1)[0]
-    return [line.strip() for line in text.splitlines() if line.startswith(f"    {beginning}")]
