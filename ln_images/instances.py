@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 from ln_images.inode import opened
 from ln_images.inspection import QCOW2
-from ln_images.model import ConfigurationError
+from ln_images.model import ConfigurationError, TemporaryError
 
 # The longest name that QEMU allows.
 _BACKING_NAME = 1023
 _SERVER_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_NFS_CLIENTS = "/proc/fs/nfsd/clients"
+_NFS_SERVER = "/proc/fs/nfsd"
 _OPEN = re.compile(r"superblock: \"[0-9a-f]+:[0-9a-f]+:(\d+)\"")
 
 
@@ -23,7 +23,8 @@ class Disks:
     """What the disks below Nova's instance directories say.
 
     ``backed`` has the path of a disk by each cache name that its header names; ``servers`` are the ids of those
-    whose disks were all read. ``doubt`` is why something may be backed by any base, or nothing.
+    whose root disk is there and all of whose disks were read. ``doubt`` is why something may be backed by any base,
+    or nothing.
     """
 
     backed: dict[str, str] = field(default_factory=dict)
@@ -35,28 +36,37 @@ def read_disks(directories: Iterable[str]) -> Disks:
     """Reads the disks of every server, ``<directory>/<server>/disk*``. A symbolic link is not followed but a doubt."""
     disks = Disks()
     for directory in directories:
-        seen = False
         errors: list[OSError] = []
-        for number, (path, servers, files, descriptor) in enumerate(os.fwalk(directory, onerror=errors.append)):
-            if number == 0:
-                for name in servers:
-                    if _is_link(descriptor, name):
-                        disks.doubt = f"what {path}/{name} is backed by cannot be told"
-                continue
-            servers.clear()
-            found = [name for name in files if name.startswith("disk")]
-            server = os.path.basename(path)
-            seen = seen or bool(found) or _SERVER_ID.fullmatch(server) is not None
-            unread = [name for name in found if not _read_disk(descriptor, path, name, disks)]
-            if unread:
-                disks.doubt = f"what {path}/{unread[0]} is backed by cannot be told"
-            elif found:
-                disks.servers.add(server)
+        try:
+            seen = _read_directory(directory, disks, errors)
+        except OSError as error:
+            errors.append(error)
         if errors:
-            disks.doubt = f"{directory}/{errors[0].filename} cannot be read: {errors[0].strerror}"
+            disks.doubt = f"{directory}: {errors[0].filename} cannot be read: {errors[0].strerror}"
         elif not seen:
             disks.doubt = f"--instances-dir {directory} has no directory of a server: mount its file system"
     return disks
+
+
+def _read_directory(directory: str, disks: Disks, errors: list[OSError]) -> bool:
+    """Notes what the disks of its servers say; whether it has a server at all."""
+    seen = False
+    for number, (path, servers, files, descriptor) in enumerate(os.fwalk(directory, onerror=errors.append)):
+        if number == 0:
+            for name in servers:
+                if _is_link(descriptor, name):
+                    disks.doubt = f"what {path}/{name} is backed by cannot be told"
+            continue
+        servers.clear()
+        found = [name for name in files if name.startswith("disk")]
+        server = os.path.basename(path)
+        seen = seen or bool(found) or _SERVER_ID.fullmatch(server) is not None
+        unread = [name for name in found if not _read_disk(descriptor, path, name, disks)]
+        if unread:
+            disks.doubt = f"what {path}/{unread[0]} is backed by cannot be told"
+        elif "disk" in found:
+            disks.servers.add(server)
+    return seen
 
 
 def _is_link(directory: int, name: str) -> bool:
@@ -100,27 +110,38 @@ def _backing_file(descriptor: int) -> bytes:
     return name
 
 
-def open_inodes(clients: str = _NFS_CLIENTS) -> frozenset[int]:
+def open_inodes(server: str = _NFS_SERVER) -> frozenset[int]:
     """The inodes that clients of this machine's kernel NFS server hold open; none where it serves none.
 
     It lists them by device and inode since Linux 5.3 (fs/nfsd/nfs4state.c). On btrfs the device there is not
     ``st_dev``, so only the inode counts: one of another file system keeps a base that it need not.
 
-    Raises ConfigurationError where there is such a server and this cannot be told.
+    Raises ConfigurationError where there is such a server and this cannot be told, and TemporaryError where it was
+    just started: until the grace period is over, clients say again what they had open before.
     """
     found: set[int] = set()
-    path = clients
+    path = server
     try:
-        for client in os.listdir(clients):
-            path = f"{clients}/{client}/states"
+        for client in os.listdir(f"{server}/clients"):
             try:
-                with open(path, encoding="utf-8", errors="replace") as states:
-                    found.update(int(inode) for inode in _OPEN.findall(states.read()))
+                path = f"{server}/clients/{client}/states"
+                found.update(int(inode) for inode in _OPEN.findall(_text(path)))
             except FileNotFoundError:
                 # The client has gone meanwhile.
                 continue
+        path = f"{server}/v4_end_grace"
+        if _text(path) != "Y\n" or _text(f"{server}/threads") == "0\n":
+            raise TemporaryError(
+                "the NFS server here is stopped or was just started, and its clients have yet to say what they hold"
+                f" open: nothing is pruned until its grace period is over, or {server}, if it is not used, unmounted"
+            )
     except FileNotFoundError:
         return frozenset()
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}: what NFS clients hold open cannot be told") from None
     return frozenset(found)
+
+
+def _text(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()

@@ -5,23 +5,31 @@ new server does not start from it. When it has been retired for as long again, a
 is removed. Any doubt keeps.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ln_images import nova
 from ln_images.instances import Disks, open_inodes, read_disks
-from ln_images.model import Base, ConfigurationError, Image, LnImagesError, Options, Outcome, Result, Server, Verdict
-from ln_images.plan import cache_name
+from ln_images.model import Base, ConfigurationError, Image, LnImagesError, Options, Outcome, Server, Verdict
+from ln_images.plan import IN_FLIGHT, cache_name
 
 if TYPE_CHECKING:
     from ln_images.disk import Disk
     from ln_images.glance import Glance
     from ln_images.keystone import Connection
 
+LOG = logging.getLogger(__name__)
 # States and tasks of a server (nova.api.openstack.common, nova.compute.task_states) in which its disk may
 # be made from another image than the one it names. UNKNOWN is what the API calls a state that it does not know.
 _RESTLESS = frozenset({"RESCUE", "REBUILD", "UNKNOWN"})
+_OLD_NOVA = (
+    "Nova is older than 26.0.0, where servers may name another image than their disk's: give --instances-dir with all"
+    " disks"
+)
+# An id may be used again, when Glance has forgotten it: a retired base is then not what is uploaded.
+_COMING = "an image with this id is being uploaded"
 _RESTLESS_TASKS = ("rebuild", "unshelv", "rescu", "resize_finish")
 
 
@@ -50,13 +58,16 @@ def judge(base: Base, evidence: Evidence) -> Verdict:
     """
     need = _need(base, evidence)
     idle = evidence.now - base.file.changed
-    if base.retired and need:
+    if base.retired and need and need != _COMING:
         return Verdict(Outcome.RESTORED, need)
     if idle < evidence.prune_after:
         since = "retired" if base.retired else "in use or released"
         return Verdict(Outcome.KEPT, f"{since} {age(idle)} ago, kept for {age(evidence.prune_after)}")
     if need or evidence.doubt:
         return Verdict(Outcome.KEPT, f"{need or evidence.doubt}; unused for {age(idle)}")
+    if base.retired and base.file.links > 1:
+        # One of them may be its own, after a crash: see Disk._rename.
+        return Verdict(Outcome.KEPT, "it has another name, too")
     if base.retired:
         return Verdict(Outcome.PRUNED, f"retired {age(idle)} ago")
     return Verdict(Outcome.RETIRED, f"unused for {age(idle)}")
@@ -80,9 +91,13 @@ def needed(images: Iterable[Image], servers: Iterable[Server]) -> dict[str, str]
     A name cannot be turned back into an id, so each id counts in every spelling: Nova and Glance compare ids as their
     databases do, which on MySQL is without regard to case.
     """
-    reasons = {server_image: f"server {one.id} was built from it" for one in servers for server_image in one.uses}
-    reasons |= {image.id: f"Glance has the image: status {image.status}" for image in images}
+    reasons = {image.id: _reason(image) for image in images}
+    reasons |= {image_id: f"server {one.id} was built from it" for one in servers for image_id in one.uses}
     return {key: reason for image_id, reason in reasons.items() for key in (*_names(image_id), image_id.lower())}
+
+
+def _reason(image: Image) -> str:
+    return _COMING if image.status in IN_FLIGHT else f"Glance has the image: status {image.status}"
 
 
 def _names(image_id: str) -> tuple[str, ...]:
@@ -124,7 +139,7 @@ def clean_up(
     bases: Sequence[Base],
     images: Sequence[Image],
     now: float,
-) -> Iterator[Result]:
+) -> Iterator[tuple[Base, Verdict]]:
     """Retires, restores and removes what of ``bases`` the evidence says, and tells of each. Raises where it cannot.
 
     ``images`` are all that Glance has, hidden ones included, listed after ``bases`` were looked at; ``now`` is in
@@ -142,14 +157,16 @@ def clean_up(
             fault = error
     for base in bases:
         verdict = judge(base, evidence)
-        if fault is not None and verdict.outcome is not Outcome.KEPT:
+        if fault is not None and verdict.outcome not in (Outcome.KEPT, Outcome.RESTORED):
             verdict = Verdict(Outcome.KEPT, "it could not be asked whether anything needs it")
         if verdict.outcome is Outcome.PRUNED and not base.image_id and not options.prune_unmarked:
             verdict = Verdict(Outcome.KEPT, f"{verdict.reason}; its image is not known: --prune-unmarked removes it")
         if verdict.outcome is not Outcome.KEPT and not options.dry_run:
             with disk.locked(options.timeout):
                 verdict = _carry_out(disk, base, verdict)
-        yield Result(Image(base.image_id, size=base.file.size), base.name, verdict)
+        yield base, verdict
+    if options.dry_run and evidence.doubt:
+        LOG.warning("nothing could be retired: %s", evidence.doubt)
     if fault is not None:
         raise fault
 
@@ -182,27 +199,29 @@ def _gathered(
     reasons = needed([*images, *unlisted], servers)
     doubt = restless(servers) or disks.doubt
     if not doubt and not proof and not options.instances_dirs:
-        doubt = (
-            "Nova is older than 26.0.0, where servers may name another image than their disk's: give --instances-dir"
-        )
+        doubt = _OLD_NOVA
     return replace(
         evidence,
         needed=reasons,
         disks=disks,
         opened=open_inodes(),
-        doubt=doubt or _stranger(servers, known, disk, disks),
+        doubt=doubt or _misnamed(servers, proof, known, disk, disks),
     )
 
 
-def _stranger(servers: Iterable[Server], known: Iterable[str], disk: "Disk", disks: Disks) -> str:
-    """Why a server may be backed by any base, or nothing: it names an image that nobody here knows.
+def _misnamed(servers: Iterable[Server], proof: bool, known: Iterable[str], disk: "Disk", disks: Disks) -> str:
+    """Why a server may be backed by another base than the one it names, or nothing.
 
-    A wrong id stays after an upgrade of a Nova that left it (LP#1732428, LP#1934094). Where the server's own disk is
-    seen, it decides.
+    It names an image that nobody here knows, or Nova leaves wrong names, which stay after an upgrade (LP#1732428,
+    LP#1934094). Where the server's own disk is seen, it decides.
     """
     here = {image_id.lower() for image_id in known}
     for server in servers:
-        if not server.image or server.image.lower() in here or server.id in disks.servers:
+        if not server.image or server.id in disks.servers:
+            continue
+        if not proof and server.host:
+            return f"{_OLD_NOVA}; that of server {server.id} is not seen"
+        if server.image.lower() in here:
             continue
         if not any(disk.entry(name + suffix) for name in _names(server.image) for suffix in ("", ".retired")):
             return (

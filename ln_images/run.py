@@ -63,6 +63,7 @@ class Passes:
         options = self._options
         started_at, start = datetime.now(UTC), time.monotonic()
         fault = None
+        cleaned: dict[Base, Verdict] = {}
         with self._opened() as disk:
             read, audited = audit(options, self._glance, disk, self._progress) if options.verify else (None, {})
             with self._locked(disk):
@@ -78,12 +79,12 @@ class Passes:
                 results += _broken(look.broken, results)
             if options.prune:
                 cleaned, fault = self._clean_up(disk, look.bases, images, started_at.timestamp())
-                results += cleaned
+                results += [_result(base, verdict) for base, verdict in cleaned.items()]
             if options.every is not None:
                 self._remember(disk, results)
             self._tell_of_directory(disk, look.downloads)
             room, directory = disk.room(), disk.directory()
-        self._held = _held(look.bases, results)
+        self._held = _held(look.bases, {} if options.dry_run else cleaned)
         told, self._told = self._told, {}
         self._tell(results, told)
         return Pass(
@@ -138,9 +139,10 @@ class Passes:
         known = {image.id for image in images}
         if not look.settled and not look.unsettled:
             self._refuse_unmounted(disk, images if everything else None)
-        if options.prune and look.settled and known.isdisjoint(look.settled):
+        here = [*look.settled, *look.unsettled]
+        if options.prune and here and known.isdisjoint(here):
             raise ConfigurationError(
-                "Glance knows none of the images that are linked here: the credential is another cloud's, or another"
+                "Glance knows none of the images whose files are here: the credential is another cloud's, or another"
                 " region's; nothing was touched"
             )
         checked = [*ids, *look.settled] if options.full else ids
@@ -184,18 +186,18 @@ class Passes:
 
     def _clean_up(
         self, disk: Disk, bases: Sequence[Base], images: Sequence[Image], now: float
-    ) -> tuple[list[Result], LnImagesError | None]:
+    ) -> tuple[dict[Base, Verdict], LnImagesError | None]:
         """Without the lock, since asking Nova takes its time: what is done is first looked at again."""
         from ln_images.prune import clean_up
 
-        results: list[Result] = []
+        cleaned: dict[Base, Verdict] = {}
         try:
-            for result in clean_up(self._options, self._connection, self._glance, disk, bases, images, now):
-                results.append(result)
-                self._tell_of_change(result)
+            for base, verdict in clean_up(self._options, self._connection, self._glance, disk, bases, images, now):
+                cleaned[base] = verdict
+                self._tell_of_change(_result(base, verdict))
         except LnImagesError as error:
-            return results, error
-        return results, None
+            return cleaned, error
+        return cleaned, None
 
     def _recalled(self, disk: Disk, unsettled: Iterable[str]) -> list[Result]:
         """What is known from an earlier pass of files that get no link, as long as they have not changed."""
@@ -263,15 +265,19 @@ def _broken(broken: Mapping[str, str], results: Iterable[Result]) -> list[Result
     ]
 
 
-def _held(bases: Sequence[Base], results: Iterable[Result]) -> dict[str, tuple[int, int]]:
+def _result(base: Base, verdict: Verdict) -> Result:
+    return Result(Image(base.image_id, size=base.file.size), base.name, verdict)
+
+
+def _held(bases: Sequence[Base], cleaned: Mapping[Base, Verdict]) -> dict[str, tuple[int, int]]:
     """How many bases, and how many bytes, each kind holds after the pass."""
-    done = {result.cache_name: result.verdict.outcome for result in results}
     held = {"orphans": (0, 0), "unmarked": (0, 0), "retired": (0, 0)}
     for base in bases:
-        outcome = done.get(base.name)
-        if outcome in (Outcome.PRUNED, Outcome.RESTORED) and base.retired:
+        outcome = cleaned[base].outcome if base in cleaned else Outcome.KEPT
+        if outcome is Outcome.PRUNED:
             continue
-        kind = "retired" if outcome is Outcome.RETIRED else base.kind
+        retired = outcome is Outcome.RETIRED or (base.retired and outcome is not Outcome.RESTORED)
+        kind = base._replace(retired=retired).kind
         count, size = held[kind]
         held[kind] = (count + 1, size + base.file.size)
     return held

@@ -6,15 +6,20 @@ matter here: ``/servers/detail`` with ``all_tenants``, ``deleted``, ``soft_delet
 and a status that is a task's, such as REBUILD, cannot be filtered by.
 """
 
+import contextlib
 import json
 import re
 import threading
 import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-MAXIMUM = (2, 104)
+from keystoneauth1.adapter import Adapter
+from keystoneauth1.exceptions import Conflict
+
+NEWEST = (2, 104)
 _CELLS, _STRICT = (2, 69), (2, 75)
 _PAGING = {"limit", "marker", "sort_key", "sort_dir"}
 _KNOWN = {"all_tenants", "deleted", "soft_deleted", "status"} | _PAGING
@@ -64,9 +69,26 @@ def server(server_id: str, image: str = "", status: str = "ACTIVE", **changes: A
         "OS-EXT-STS:task_state": changes.pop("task", None),
         # A server in REBUILD or REBOOT is still active, and the task tells the rest.
         "OS-EXT-STS:vm_state": _VM_STATES.get(status, "active"),
+        # A server that was offloaded, or never got to a host, has none.
+        "OS-EXT-SRV-ATTR:host": None if status == "SHELVED_OFFLOADED" else "compute-1",
         "OS-EXT-SRV-ATTR:kernel_id": "",
         "OS-EXT-SRV-ATTR:ramdisk_id": "",
     } | changes
+
+
+@contextlib.contextmanager
+def in_catalog(identity: Adapter, *endpoints: tuple[str, str, str]) -> Iterator[None]:
+    """A compute service in a real Keystone's catalog, at each ``(region, interface, URL)``."""
+    service = identity.post("/services", json={"service": {"type": "compute"}}).json()["service"]["id"]
+    try:
+        for region, interface, url in endpoints:
+            with contextlib.suppress(Conflict):
+                identity.put(f"/regions/{region}", json={"region": {}})
+            endpoint = {"service_id": service, "interface": interface, "region_id": region, "url": url}
+            identity.post("/endpoints", json={"endpoint": endpoint})
+        yield
+    finally:
+        identity.delete(f"/services/{service}")
 
 
 class Compute(ThreadingHTTPServer):
@@ -75,8 +97,9 @@ class Compute(ThreadingHTTPServer):
     ``servers`` are all servers, deleted ones too, newest first as Nova lists them. Those whose ids are in ``down``
     lie in a cell that is down, with the compute hosts ``down_hosts``. ``max_limit`` is Nova's longest page.
     ``faults`` maps a part of a request, as ``/os-services`` or ``marker=``, to what is said to such a request.
-    Without ``all_filters`` the token is one that may list all projects and is no administrator's otherwise: what it
-    may not filter by is dropped without a word, and kernel and ramdisk are not shown. ``asked`` are the requests.
+    ``newest`` is its newest microversion. Without ``all_filters`` the token is one that may list all projects and is
+    no administrator's otherwise: what it may not filter by is dropped without a word, and host, kernel and ramdisk
+    are not shown. ``asked`` are the requests.
     """
 
     daemon_threads = True
@@ -89,6 +112,7 @@ class Compute(ThreadingHTTPServer):
         self.down: set[str] = set()
         self.down_hosts: set[str] = set()
         self.faults: dict[str, Fault] = {}
+        self.newest = NEWEST
         self.all_filters = True
         self.asked: list[Asked] = []
         self.ended = threading.Event()
@@ -214,10 +238,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _document(self, path: str, query: dict[str, str], microversion: str) -> dict[str, Any]:
         if path.rstrip("/") == "/v2.1":
-            return {"version": {"id": "v2.1", "status": "CURRENT", "version": "2.104", "min_version": "2.1"}}
+            newest = ".".join(map(str, self.server.newest))
+            return {"version": {"id": "v2.1", "status": "CURRENT", "version": newest, "min_version": "2.1"}}
         if not self.headers.get("X-Auth-Token"):
             raise RefusedError(401, "The request you have made requires authentication.")
-        version = _version(microversion)
+        version = _version(microversion, self.server.newest)
         if path == "/v2.1/os-services":
             return self.server.services_shown(version)
         if path == "/v2.1/servers/detail":
@@ -234,14 +259,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _version(said: str) -> tuple[int, int]:
+def _version(said: str, newest: tuple[int, int]) -> tuple[int, int]:
     """The microversion of a request; without one it is the oldest."""
     if said == "latest":
-        return MAXIMUM
+        return newest
     found = re.fullmatch(r"(\d+)\.(\d+)", said or "2.1")
     if not found:
         raise RefusedError(400, f"API Version String {said} is of invalid format. Must be of format MajorNum.MinorNum.")
     version = (int(found[1]), int(found[2]))
-    if not (2, 1) <= version <= MAXIMUM:
-        raise RefusedError(406, f"Version {said} is not supported by the API. Minimum is 2.1 and maximum is 2.104.")
+    if not (2, 1) <= version <= newest:
+        most = ".".join(map(str, newest))
+        raise RefusedError(406, f"Version {said} is not supported by the API. Minimum is 2.1 and maximum is {most}.")
     return version

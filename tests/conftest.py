@@ -18,7 +18,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from keystoneauth1.adapter import Adapter
 
-from cloud import ROOT, Cloud
+from cloud import REGION, ROOT, Cloud
+from compute import Compute, in_catalog
 from faulty import Faulty, Front, Rule, Variables
 
 # Whatever ends the tests, the servers that they started are stopped first. A shell that runs the tests in the
@@ -157,3 +158,10 @@ def front(node: Node, identity: Adapter) -> Iterator[Front]:
             return server, {"OS_REGION_NAME": endpoint["region"]}
 
         yield stand
+
+
+@pytest.fixture
+def nova(identity: Adapter) -> Iterator[Compute]:
+    """A compute service in the real catalog, with no servers yet, which shows three at a time."""
+    with Compute(max_limit=3) as serving, in_catalog(identity, (REGION, "public", serving.url)):
+        yield serving
