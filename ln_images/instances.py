@@ -1,5 +1,6 @@
 """Instance disks -> the bases they are backed by; what the clients of an NFS server hold open."""
 
+import errno
 import os
 import re
 import stat
@@ -126,9 +127,10 @@ def open_inodes(server: str = _NFS_SERVER) -> frozenset[int]:
             try:
                 path = f"{server}/clients/{client}/states"
                 found.update(int(inode) for inode in _OPEN.findall(_text(path)))
-            except FileNotFoundError:
-                # The client has gone meanwhile.
-                continue
+            except OSError as error:
+                # The client may have gone meanwhile: before the file was opened, or after (ENXIO).
+                if error.errno not in (errno.ENOENT, errno.ENXIO):
+                    raise
         path = f"{server}/v4_end_grace"
         if _text(path) != "Y\n" or _text(f"{server}/threads") == "0\n":
             raise TemporaryError(

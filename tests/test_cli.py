@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,7 +181,7 @@ def test_a_json_report_is_one_line_of_the_documents_shape(node: Node) -> None:
     ]
     assert json.loads(node.run("--format", "json").stdout)["images"] == []
     image_of_it = document["images"][0]
-    for wrong in (
+    wrongs: tuple[dict[str, Any], ...] = (
         {"version": 2},
         {"more": 1},
         {"started_at": "today"},
@@ -189,7 +190,8 @@ def test_a_json_report_is_one_line_of_the_documents_shape(node: Node) -> None:
         {"images": [image_of_it | {"outcome": "refused"}]},
         {"exit_status": 3},
         {"held": {}},
-    ):
+    )
+    for wrong in wrongs:
         assert not SCHEMA.is_valid(document | wrong), wrong
 
 
