@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -164,6 +165,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as mounts:
         at = tmp_path
         if request.param != "here":
+            if shutil.which("bindfs") is None:
+                pytest.skip("needs a file system without RENAME_NOREPLACE: apt-get install bindfs")
             (source := tmp_path / "source").mkdir()
             (at := tmp_path / "mounted").mkdir()
             # NFS and CephFS answer EINVAL; so does bindfs, through FUSE.
