@@ -29,6 +29,7 @@ EVIL = "\x1b[2J\x1b[31m\r\nlinked: root\u202e\x07\x9b31m\u2028\x00"
 EVIL_FILE = "\x1b]0;evil\x07\n/etc/passwd"
 UNKNOWN = "qcow2 of an unknown version or with unknown features"
 NAMED = "qcow2 with the name of an external data file"
+FETCHED = "Nova is downloading it"
 BROKEN_TABLE = "raw with a partition table that is not valid"
 SIGNED = "signed: Nova verifies only what it downloads"
 # What is no column of Glance's table of images.
@@ -193,6 +194,8 @@ HOSTILE = {
     "no file": skipped("no file here", nothing, size=4096),
     "no file, for now": waiting("being copied into file", nothing, size=4096, os_glance_importing_to_stores="file"),
     "a file that is being copied here": waiting("being copied into file", DISK, os_glance_importing_to_stores="file"),
+    "an image that Nova downloads": Case("waiting", FETCHED, DISK, {}, beside(".part")),
+    "an image that Nova converts": Case("waiting", FETCHED, DISK, {}, beside(".part", ".converted")),
     # Glance has not finished it, or offers it no longer; it does not list what is killed.
     "queued": waiting("status queued", DISK, status="queued"),
     "saving": waiting("status saving", DISK, status="saving"),
