@@ -66,7 +66,8 @@ for image_id in (line.split()[0] for line in listing.stdout.splitlines() if line
     subprocess.run(["/bin/sh", "-c", command], check=True)
 """
 
-# Takes the kernel's word away, and nothing else. Files are the caller's own there.
+# Takes the kernel's word away, and nothing else. There is no other user there than the caller.
+MINE = (os.getuid(), os.getgid())
 WITHOUT_INOTIFY = (
     *("unshare", "--user", "--map-root-user", "env", "LN_IMAGES_OWNER=0:0", "sh", "-c"),
     'echo 0 > /proc/sys/user/max_inotify_instances; exec "$0" "$@"',
@@ -134,7 +135,7 @@ def median(samples: Sequence[Sample]) -> Sample:
 class Lab:
     """A cloud with ``size`` images, and a storage node's cache directory for them."""
 
-    def __init__(self, cloud: Cloud, size: int) -> None:
+    def __init__(self, cloud: Cloud, size: int, owner: tuple[int, int]) -> None:
         self.cloud, self.size = cloud, size
         self.cache = cloud.directory / "imagecache"
         self._aside = cloud.directory / "aside"
@@ -145,7 +146,7 @@ class Lab:
             "PATH": f"{os.environ.get('OPENSTACK_VENV', '')}/bin:{os.environ['PATH']}",
             "LN_IMAGES_IMAGES_DIR": str(cloud.images),
             "LN_IMAGES_CACHE_DIR": str(self.cache),
-            "LN_IMAGES_OWNER": f"{OWNER[0]}:{OWNER[1]}",
+            "LN_IMAGES_OWNER": f"{owner[0]}:{owner[1]}",
         }
 
     @contextlib.contextmanager
@@ -405,7 +406,7 @@ def passes(directory: Path, options: argparse.Namespace) -> None:
 
 def gap(directory: Path, options: argparse.Namespace) -> None:
     """How long after an upload its link is there."""
-    with lab(directory, 100) as one:
+    with lab(directory, 100, MINE) as one:
         events = one.gaps(options, 60, [COMMAND, "-q", "--every", "10", "--for", "65"])
         clock = one.gaps(options, 60, [*WITHOUT_INOTIFY, COMMAND, "-q", "--every", "1", "--for", "58"])
         duration = one.one_pass(new=1).wall
@@ -424,7 +425,7 @@ def gap(directory: Path, options: argparse.Namespace) -> None:
 
 def idle(directory: Path, options: argparse.Namespace) -> None:
     """What a minute costs in which nothing happens."""
-    with lab(directory, int(options.sizes.split(",")[0])) as one:
+    with lab(directory, int(options.sizes.split(",")[0]), MINE) as one:
         one.one_pass()
         say("a minute of each line")
         single = [one.one_pass() for _ in range(6)]
@@ -474,12 +475,12 @@ PARTS = {part.__name__: part for part in (passes, gap, idle, narrow, verify)}
 
 
 @contextlib.contextmanager
-def lab(directory: Path, size: int) -> Iterator[Lab]:
+def lab(directory: Path, size: int, owner: tuple[int, int] = OWNER) -> Iterator[Lab]:
     """A cloud with so many images, gone with the block."""
     say(f"starting a real Keystone and a real Glance for {size:,} images")
     place = Path(tempfile.mkdtemp(dir=directory))
     with Cloud(place / "cloud") as cloud:
-        yield Lab(cloud, size)
+        yield Lab(cloud, size, owner)
     shutil.rmtree(place)
 
 
