@@ -1,9 +1,10 @@
 """Whether content is what Glance says it is, and safe to hand to QEMU.
 
 Nova asks the first question of every image that it downloads (``nova.virt.images.do_image_deep_inspection``, Nova
-34.0.0), and so does this, with the same library. Nova then has ``qemu-img info`` agree; here the first sector is
-probed as QEMU does, where the library takes for raw what QEMU does not. It compares the checksum of what it
-downloads, which only ``--verify`` does here; and it verifies signatures, so a signed image is left to it.
+34.0.0), and so does this, with the same library. Nova then has ``qemu-img info`` agree, which this does not run. In its
+place the first sector is probed as QEMU does, where the library takes for raw what QEMU does not, and the name of a
+data file is looked for. Less than a download: the checksum is compared by ``--verify`` alone. Signatures are not
+verified here, so a signed image is left to Nova.
 """
 
 import concurrent.futures
