@@ -193,7 +193,8 @@ def full(node: Node, tmp_path: Path) -> Iterator[str]:
             for number in range(20):
                 (tmp_path / str(number)).touch()
         yield said(node, **directories)
-        (tmp_path / "0").unlink()
+        for path in tmp_path.glob("[0-9]*"):
+            path.unlink()
         assert node.run(**directories).returncode == 0
 
 
