@@ -24,8 +24,10 @@ def start() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         # Nothing of the interpreter's own end may add to the line, and nothing that was half imported is there.
-        os.write(2, b"ln-images: interrupted: what was linked stays, the next run does the rest\n")
-        os._exit(130)
+        try:
+            os.write(2, b"ln-images: interrupted: what was linked stays, the next run does the rest\n")
+        finally:
+            os._exit(130)
 
 
 if __name__ == "__main__":

@@ -219,6 +219,20 @@ def test_the_log_file_tells_what_changed_and_where(node: Node, tmp_path: Path) -
     assert re.fullmatch(line, log.read_text())
 
 
+def test_a_refused_and_an_occupied_image_are_warnings_in_the_log_file_alone(node: Node, tmp_path: Path) -> None:
+    """Each run of cron logs them again, and cron mails nothing; the log is for root alone."""
+    log = tmp_path / "log"
+    refused, taken = (node.cloud.image(name, DATA) for name in ("refused", "taken"))
+    (node.images / refused).write_bytes(b"QFI\xfb\0\0\0\3" + DATA[8:])
+    node.entry(taken).write_bytes(b"nova's")
+    for _ in range(2):
+        run = node.run("-q", "--log-file", str(log))
+        assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    logged = re.findall(r"WARNING run\.py:\d+ (refused|occupied): (\S+)", log.read_text())
+    assert sorted(logged) == sorted([("refused", refused), ("occupied", taken)] * 2)
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
 def test_the_log_file_rotates(node: Node, tmp_path: Path) -> None:
     """At 1 MiB the log is set aside, and no more than five old ones are kept."""
     log = tmp_path / "log"
