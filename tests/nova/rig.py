@@ -218,6 +218,7 @@ class Node:
 
     def _up(self) -> bool:
         assert self._compute
+        time.sleep(0.5)
         if self._compute.poll() is not None:
             raise RuntimeError(f"{self.name}: nova-compute ended: {self.rig.log(f'{self.name}-nova-compute')}")
         service = self._service()
@@ -496,12 +497,14 @@ class Rig:
             self.compute.post("/flavors", json={"flavor": flavor})
 
     def _answers(self) -> bool:
+        time.sleep(0.5)
         try:
             return bool(self.compute.get("/flavors"))
         except (exceptions.ClientException, requests.RequestException):
             return False
 
     def _gone(self, server: str) -> bool:
+        time.sleep(0.2)
         try:
             self.compute.get(f"/servers/{server}")
         except exceptions.NotFound:
