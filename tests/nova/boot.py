@@ -58,7 +58,6 @@ def main() -> None:
     figures: Figures = defaultdict(list)
     say("starting the cloud and a compute node")
     with Rig(Path(os.environ["RIG_DIRECTORY"])) as rig:
-        rig.node.restart(DEFAULT="force_raw_images = False")
         lab = Lab(rig, figures)
         for size in sizes:
             lab.compare(size, options.rounds)

@@ -1,5 +1,6 @@
 #!/bin/sh
-# install.sh: what the rig needs from Debian. Nothing that is installed is started: the rig starts its own.
+# install.sh DIRECTORY: what the rig needs from Debian, and the guests' kernel into the directory. Nothing that is
+# installed is started: the rig starts its own.
 set -eu
 here=$(dirname "$0")
 policy=/usr/sbin/policy-rc.d
@@ -25,6 +26,7 @@ guest=$1
 if [ ! -e "$guest/vmlinuz" ]; then
     rm -rf "$guest"
     mkdir -p "$guest/unpacked"
+    apt-get update --quiet
     kernel=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[^ ]*\)$/\1/p')
     (cd "$guest" && apt-get download --quiet "$kernel")
     dpkg-deb --extract "$guest"/*.deb "$guest/unpacked"

@@ -44,6 +44,9 @@ COMPUTE, PLACEMENT, NETWORK = 8774, 8778, 9696
 NO_AIO = "--innodb-use-native-aio=0"
 DATABASES = ("placement", "nova_api", "nova_cell0", "nova")
 
+# Whether Nova makes its own copy of a qcow2 image raw, which is its default.
+AS_THEY_ARE, CONVERTED = "force_raw_images = False", "force_raw_images = True"
+
 AUTH = """
 auth_url = {keystone}/v3
 auth_type = password
@@ -152,22 +155,21 @@ class Node:
         self._compute.wait()
         self._force_down(True)
 
-    def restart(self, **settings: str) -> None:
-        """Stops nova-compute and starts it again, with other settings."""
-        self.stop()
-        self._force_down(False)
-        self.start(**settings)
+    @property
+    def running(self) -> bool:
+        """Whether nova-compute is at work."""
+        return self._compute is not None and self._compute.poll() is None
 
-    def back_to_first(self) -> None:
-        """Runs with the settings that it began with, if it does not."""
-        running = self._compute is not None and self._compute.poll() is None
-        if running and self.settings == self._first:
+    def runs_with(self, **settings: str) -> None:
+        """Starts nova-compute anew where it does not run, or not with exactly these settings beside its first."""
+        wanted = self._first | settings
+        if self.running and self.settings == wanted:
             return
-        if running:
+        if self.running:
             self.stop()
         self._force_down(False)
         self.settings = {}
-        self.start(**self._first)
+        self.start(**wanted)
 
     def console(self, server: str) -> str:
         """What the server has printed since it was last started."""
@@ -218,6 +220,7 @@ class Node:
 
     def _up(self) -> bool:
         assert self._compute
+        time.sleep(0.5)
         if self._compute.poll() is not None:
             raise RuntimeError(f"{self.name}: nova-compute ended: {self.rig.log(f'{self.name}-nova-compute')}")
         service = self._service()
@@ -421,7 +424,8 @@ class Rig:
         self.cloud.__enter__()
         self._register()
         self._start_nova()
-        self.add_node()
+        # As the guide says.
+        self.add_node(DEFAULT=AS_THEY_ARE)
 
     def _users_and_files(self) -> None:
         STATE.mkdir(exist_ok=True)
@@ -496,12 +500,14 @@ class Rig:
             self.compute.post("/flavors", json={"flavor": flavor})
 
     def _answers(self) -> bool:
+        time.sleep(0.5)
         try:
             return bool(self.compute.get("/flavors"))
         except (exceptions.ClientException, requests.RequestException):
             return False
 
     def _gone(self, server: str) -> bool:
+        time.sleep(0.2)
         try:
             self.compute.get(f"/servers/{server}")
         except exceptions.NotFound:

@@ -8,12 +8,9 @@ import time
 import pytest
 
 from cloud import wait_until
-from rig import Rig
+from rig import AS_THEY_ARE, CONVERTED, Rig
 from rig_fixtures import Disk
 from scenes import outcome, watching
-
-CONVERTED = {"DEFAULT": "force_raw_images = True"}
-AS_THEY_ARE = {"DEFAULT": "force_raw_images = False"}
 
 
 def test_an_image_without_a_link_is_downloaded_whole(rig: Rig, raw: Disk) -> None:
@@ -49,10 +46,10 @@ def test_starting_a_server_leaves_owner_and_mode_of_its_base_alone(rig: Rig, raw
     assert outcome(rig.ln_images(), image) == "present"
 
 
-@pytest.mark.parametrize("settings", [CONVERTED, AS_THEY_ARE], ids=["force_raw_images", "no-force_raw_images"])
-def test_a_linked_qcow2_image_is_used_as_it_is(rig: Rig, qcow2: Disk, settings: dict[str, str]) -> None:
+@pytest.mark.parametrize("setting", [AS_THEY_ARE, CONVERTED])
+def test_a_linked_qcow2_image_is_used_as_it_is(rig: Rig, qcow2: Disk, setting: str) -> None:
     """Whatever force_raw_images says, a linked qcow2 image is used as qcow2, and nothing is fetched."""
-    rig.node.restart(**settings)
+    rig.node.runs_with(DEFAULT=setting)
     image = rig.image("qcow2", qcow2.path, "qcow2")
     rig.ln_images()
     server = rig.boot(image)
@@ -63,7 +60,7 @@ def test_a_linked_qcow2_image_is_used_as_it_is(rig: Rig, qcow2: Disk, settings: 
 
 def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, qcow2: Disk) -> None:
     """Nova puts a raw copy in the lost link's place, and the servers fail until that is gone and the link back."""
-    rig.node.restart(**CONVERTED)
+    rig.node.runs_with(DEFAULT=CONVERTED)
     image = rig.image("lost-qcow2", qcow2.path, "qcow2")
     rig.ln_images()
     server = rig.boot(image)
@@ -80,7 +77,7 @@ def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, q
 
 def test_a_qcow2_link_lost_without_force_raw_images_is_only_fetched_again(rig: Rig, qcow2: Disk) -> None:
     """Without force_raw_images Nova's own copy is the same qcow2: the server starts, for the price of a download."""
-    rig.node.restart(**AS_THEY_ARE)
+    rig.node.runs_with(DEFAULT=AS_THEY_ARE)
     image = rig.image("fetched-qcow2", qcow2.path, "qcow2")
     rig.ln_images()
     server = rig.boot(image)

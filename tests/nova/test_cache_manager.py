@@ -20,7 +20,7 @@ def test_the_cache_manager_touches_used_bases_and_removes_unused_ones(rig: Rig, 
     for image in (used, unused):
         os.utime(rig.entry(image), (OLD, OLD))
     changed = rig.entry(used).stat().st_ctime_ns
-    rig.node.restart(image_cache=f"{OFTEN}True")
+    rig.node.runs_with(image_cache=f"{OFTEN}True")
     wait_until(lambda: not rig.entry(unused).exists(), "the removal of the unused link", 120)
     assert rig.entry(used).stat().st_mtime > OLD
     assert rig.entry(used).stat().st_ctime_ns > changed
@@ -35,7 +35,7 @@ def test_with_the_guides_setting_the_cache_manager_only_touches(rig: Rig, raw: D
     rig.boot(used)
     for image in (used, unused):
         os.utime(rig.entry(image), (OLD, OLD))
-    rig.node.restart(image_cache=f"{OFTEN}False")
+    rig.node.runs_with(image_cache=f"{OFTEN}False")
     for _ in range(2):
         wait_until(lambda: rig.entry(used).stat().st_mtime > OLD, "a touch of the used base", 120)
         os.utime(rig.entry(used), (OLD, OLD))
@@ -51,7 +51,7 @@ def test_a_base_that_only_backs_a_disk_is_not_touched(rig: Rig, raw: Disk) -> No
     rig.node.rebase(server, rig.entry(backing).name)
     for image in (named, backing):
         os.utime(rig.entry(image), (OLD, OLD))
-    rig.node.restart(image_cache=f"{OFTEN}True")
+    rig.node.runs_with(image_cache=f"{OFTEN}True")
     wait_until(lambda: rig.entry(named).stat().st_mtime > OLD, "a touch of the named base", 120)
     time.sleep(6)
     assert rig.entry(backing).stat().st_mtime == OLD

@@ -87,7 +87,7 @@ def test_a_node_whose_neighbour_is_down_removes_the_base_under_its_server(
     rig.boot(image, first)
     os.utime(rig.entry(image), (OLD, OLD))
     first.stop()
-    second.restart(image_cache=f"{OFTEN}True")
+    second.runs_with(image_cache=f"{OFTEN}True")
     wait_until(lambda: not rig.entry(image).exists(), "the removal of the base", 120)
     # As long as Glance has the image, the next pass brings the link back.
     assert outcome(rig.ln_images(), image) == "linked"
