@@ -23,7 +23,7 @@ def ask(node: Node) -> Iterator[Ask]:
     made: list[Connection] = []
 
     def asked(timeout: float = 10, **variables: str) -> tuple[list[Server], bool]:
-        made.append(connect(node.environment(**variables), timeout))  # type: ignore[arg-type]
+        made.append(connect(node.environment(**variables), timeout))
         return servers(made[-1])
 
     yield asked
