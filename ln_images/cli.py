@@ -130,9 +130,7 @@ class _Run:
         A repeated one waits for a cloud that goes away, and for another run. Raises LnImagesError otherwise.
         """
         try:
-            if self._passes is None:
-                self._passes = _passes(self._options)
-            made = self._passes.whole() if ids is None else self._passes.narrow(ids)
+            made = self._pass(ids)
         except AnotherRunError as error:
             # The metrics are those of the run at work.
             if self._options.every is None:
@@ -155,6 +153,15 @@ class _Run:
         waiting = {result.image.id for result in made.results if result.verdict.outcome is Outcome.WAITING}
         # An image whose file is there and which Glance does not list is about to be.
         return waiting.union(set(ids or ()).difference(result.image.id for result in made.results))
+
+    def _pass(self, ids: Collection[str] | None) -> Pass:
+        try:
+            self._passes = self._passes or _passes(self._options)
+            return self._passes.whole() if ids is None else self._passes.narrow(ids)  # type: ignore[no-any-return]
+        except OSError as error:
+            # What belongs to one image or one entry is its outcome: this is the directory's.
+            where = error.filename or self._options.cache_dir
+            raise TemporaryError(f"{where}: {error.strerror}: look at its file system in the kernel's log") from None
 
     def _tell(self, fault: str) -> None:
         """Says what keeps passes from being made once when it begins, and once when it has ended."""

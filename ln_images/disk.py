@@ -7,7 +7,6 @@ to them, and what was opened and checked is exactly what is linked.
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import stat
 import time
@@ -28,11 +27,9 @@ from ln_images.model import (
 )
 from ln_images.plan import DOWNLOADS, RAW_COPY, cache_name, is_downloading, judge_files
 
-LOG = logging.getLogger(__name__)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 RETIRED = ".retired"
-# linux/fs.h
-_RENAME_NOREPLACE = 1
+_RENAME_NOREPLACE = 1  # linux/fs.h
 
 
 class Disk:
@@ -224,13 +221,11 @@ class Disk:
         return False
 
     def _refuse_quota(self, source: int) -> None:
-        """Says that a project quota keeps every link out, before anything is changed (xfs(5), ext4(5): EXDEV)."""
+        """Says, before anything is changed, that a project quota keeps every link out (xfs(5), ext4(5): EXDEV)."""
         number, inherited = project(self._cache)
         if inherited and project(source)[0] != number:
-            raise ConfigurationError(
-                f"{self._cache_dir} is under a project quota (project {number}) that the images are not under, and"
-                " no hard link enters it: put both directories under one project, or none"
-            )
+            text = "which is not the images', and no hard link enters it: put both directories under one, or none"
+            raise ConfigurationError(f"{self._cache_dir} is under a project quota (project {number}), {text}")
 
     def _mend(self, source: int, image: Image, options: Options) -> None:
         """Owner, mode and marks of the open inode, each only where it differs."""

@@ -145,6 +145,20 @@ def judge_files(image: Image, source: File | None, entry: File | None, options: 
     return Verdict(Outcome.PRESENT if _is_right(entry, ids, options) else Outcome.REPAIRED)
 
 
+def held(bases: Sequence[Base], cleaned: Mapping[Base, Verdict]) -> dict[str, tuple[int, int]]:
+    """How many bases, and how many bytes, each kind holds after the pass."""
+    held = {"orphans": (0, 0), "unmarked": (0, 0), "retired": (0, 0)}
+    for base in bases:
+        outcome = cleaned[base].outcome if base in cleaned else Outcome.KEPT
+        if outcome is Outcome.PRUNED:
+            continue
+        retired = outcome is Outcome.RETIRED or (base.retired and outcome is not Outcome.RESTORED)
+        kind = base._replace(retired=retired).kind
+        count, size = held[kind]
+        held[kind] = (count + 1, size + base.file.size)
+    return held
+
+
 def is_downloading(file: File, now: float) -> bool:
     """Whether Nova is at work on one of :data:`DOWNLOADS`. ``now`` is in seconds since the epoch."""
     return abs(now - file.changed) < _DOWNLOAD_RESTS

@@ -162,6 +162,13 @@ def _cell(text: str, width: int) -> str:
     return wcwidth.ljust(text, width)
 
 
+def line(result: Result) -> str:
+    """What a log says of one image or base."""
+    image, name, verdict = result
+    what = f"{image.id}{image.name and f' ({image.name})'} as {name}" if image.id else name
+    return f"{verdict.outcome}: {what}{verdict.reason and f': {verdict.reason}'}"
+
+
 def size_text(size: int | None) -> str:
     """A size in bytes as people read it, in powers of 1024."""
     if size is None:

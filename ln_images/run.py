@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 
-from ln_images import plan
+from ln_images import plan, report
 from ln_images.audit import Progress, audit
 from ln_images.disk import Disk, failure
 from ln_images.glance import Glance
@@ -66,17 +66,7 @@ class Passes:
         cleaned: dict[Base, Verdict] = {}
         with self._opened() as disk:
             read, audited = audit(options, self._glance, disk, self._progress) if options.verify else (None, {})
-            with self._locked(disk):
-                look = self._look(disk)
-                recalled = self._recalled(disk, look.unsettled)
-                images, unknown = self._ask(disk, look, recalled)
-                settled = () if options.full or options.verify else look.settled
-                known = frozenset(settled)
-                results = self._settle(disk, [image for image in images if image.id not in known], audited)
-                asked = {image.id for image in images}
-                results += [result for result in recalled if result.image.id not in asked]
-                results += self._unknown(disk, unknown)
-                results += _broken(look.broken, results)
+            look, images, settled, results = self._link(disk, audited)
             if options.prune:
                 cleaned, fault = self._clean_up(disk, look.bases, images, started_at.timestamp())
                 results += [_result(base, verdict) for base, verdict in cleaned.items()]
@@ -84,7 +74,7 @@ class Passes:
                 self._remember(disk, results)
             self._tell_of_directory(disk, look.downloads)
             room, directory = disk.room(), disk.directory()
-        self._held = _held(look.bases, {} if options.dry_run else cleaned)
+        self._held = plan.held(look.bases, {} if options.dry_run else cleaned)
         told, self._told = self._told, {}
         self._tell(results, told)
         return Pass(
@@ -110,6 +100,23 @@ class Passes:
             results = self._settle(disk, self._glance.images_of(sorted(ids)), {})
         self._tell(results, self._told.copy())
         return Pass(started_at, time.monotonic() - start, self._options.dry_run, results, held=self._held)
+
+    def _link(
+        self, disk: Disk, audited: Mapping[str, Verdict]
+    ) -> tuple[Look, list[Image], Sequence[str], list[Result]]:
+        """What a pass does under the lock: the look, what Glance has, the ids that it shows settled, and the rest."""
+        with self._locked(disk):
+            look = self._look(disk)
+            recalled = self._recalled(disk, look.unsettled)
+            images, unknown = self._ask(disk, look, recalled)
+            settled = () if self._options.full or self._options.verify else look.settled
+            known = frozenset(settled)
+            results = self._settle(disk, [image for image in images if image.id not in known], audited)
+            asked = {image.id for image in images}
+            results += [result for result in recalled if result.image.id not in asked]
+            results += self._unknown(disk, unknown)
+            results += _broken(look.broken, results)
+        return look, images, settled, results
 
     def _opened(self) -> Disk:
         # Opened for each pass: a long run notices when a directory has been replaced or mounted over.
@@ -221,7 +228,7 @@ class Passes:
 
     def _tell_of_change(self, result: Result) -> None:
         if result.verdict.outcome in CHANGES and not self._options.dry_run:
-            LOG.info("%s", _line(result))
+            LOG.info("%s", report.line(result))
 
     def _tell(self, results: Iterable[Result], told: Mapping[str, Verdict]) -> None:
         """Logs what wants somebody to look, once for as long as it stands; the report has it in each pass."""
@@ -230,9 +237,9 @@ class Passes:
             if verdict.outcome in FAULTS | _ODD:
                 self._told[name] = verdict
                 if verdict != told.get(name) and verdict.outcome in FAULTS:
-                    LOG.error("%s", _line(result))
+                    LOG.error("%s", report.line(result))
                 elif verdict != told.get(name):
-                    LOG.warning("%s", _line(result), extra={"file_only": True})
+                    LOG.warning("%s", report.line(result), extra={"file_only": True})
 
     def _tell_of_directory(self, disk: Disk, downloads: Mapping[str, File]) -> None:
         leftovers = [file.size for file in downloads.values() if not plan.is_downloading(file, time.time())]
@@ -267,26 +274,6 @@ def _broken(broken: Mapping[str, str], results: Iterable[Result]) -> list[Result
 
 def _result(base: Base, verdict: Verdict) -> Result:
     return Result(Image(base.image_id, size=base.file.size), base.name, verdict)
-
-
-def _held(bases: Sequence[Base], cleaned: Mapping[Base, Verdict]) -> dict[str, tuple[int, int]]:
-    """How many bases, and how many bytes, each kind holds after the pass."""
-    held = {"orphans": (0, 0), "unmarked": (0, 0), "retired": (0, 0)}
-    for base in bases:
-        outcome = cleaned[base].outcome if base in cleaned else Outcome.KEPT
-        if outcome is Outcome.PRUNED:
-            continue
-        retired = outcome is Outcome.RETIRED or (base.retired and outcome is not Outcome.RESTORED)
-        kind = base._replace(retired=retired).kind
-        count, size = held[kind]
-        held[kind] = (count + 1, size + base.file.size)
-    return held
-
-
-def _line(result: Result) -> str:
-    image, name, verdict = result
-    what = f"{image.id}{image.name and f' ({image.name})'} as {name}" if image.id else name
-    return f"{verdict.outcome}: {what}{verdict.reason and f': {verdict.reason}'}"
 
 
 @contextlib.contextmanager
