@@ -86,7 +86,7 @@ def _show(cloud: Cloud) -> None:
     upload.finish(b"\3" * MIB)
     print("\nThe upload is finished. The next pass:")
     _run(cloud, "ln-images", "--images-dir", "images", "--cache-dir", "imagecache", "--owner", owner)
-    _run(cloud, "ls", "-li", "--time-style=+", "images", "imagecache")
+    _run(cloud, "ls", "-li", "--time-style=+", "imagecache")
 
 
 def _keep(cloud: Cloud) -> None:

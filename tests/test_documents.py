@@ -42,6 +42,7 @@ def test_the_shell_completes_options(shell: str, word: str) -> None:
 def without_what_varies(text: str) -> str:
     """A transcript without inode numbers, durations and the user whom the demo uses."""
     text = re.sub(r"^\d+ -rw", "INODE -rw", text, flags=re.MULTILINE)
+    text = re.sub(r"^total \d+$", "total BLOCKS", text, flags=re.MULTILINE)
     text = re.sub(r"\d+\.\d s$", "TIME s", text, flags=re.MULTILINE)
     text = re.sub(r"^This machine has no user qemu.*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"--owner \w+", "--owner USER", text)
@@ -149,3 +150,19 @@ def test_the_line_that_reacts_links_under_a_real_cron(node: Node, tmp_path: Path
     finally:
         cron.kill()
         cron.wait()
+
+
+PAGES = [ROOT / name for name in ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_what_a_page_links_to_is_there(page: Path) -> None:
+    """Each link from a page to another file of the project leads to one."""
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_a_readme_is_a_page_and_a_half(name: str) -> None:
+    """At most 200 lines are read before somebody begins."""
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 200
