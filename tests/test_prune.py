@@ -23,7 +23,7 @@ from keystoneauth1.token_endpoint import Token
 from cloud import REGION, wait_until
 from compute import Compute, Fault, in_catalog
 from compute import server as a_server
-from conftest import COMMAND, OWNER, Node, needs_root
+from conftest import COMMAND, NO_OPENRC, OWNER, Node, block, needs_root
 from faulty import Answer, Front
 from ln_images.disk import Disk
 from ln_images.inode import MARK, SIZE_MARK
@@ -811,3 +811,15 @@ def test_while_nova_is_asked_other_runs_link(node: Node, nova: Compute) -> None:
             assert node.entry(gone).exists()
         finally:
             pruning.kill()
+
+
+def test_the_credential_of_the_guide_suffices(node: Node, nova: Compute) -> None:
+    """With the access rules of docs/production.md Glance and Nova are asked all that a clean-up asks, and no more."""
+    node.cloud.image("stays", DATA)
+    gone = orphan(node)
+    user = node.cloud.add_user("least", "least", "admin")
+    rules = json.loads(block("access rules"))
+    openrc = node.cloud.application_credential(user, roles=[{"name": "admin"}], access_rules=rules)
+    assert prune(node, **{**NO_OPENRC, **openrc})[gone][0] == "retired"
+    allowed = {rule["path"] for rule in rules if rule["service"] == "compute"}
+    assert {f"/v2.1{asked.path}" for asked in nova.asked} == allowed
