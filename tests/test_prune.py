@@ -754,13 +754,13 @@ def test_the_wrong_cloud_is_told_and_nothing_touched(node: Node) -> None:
 
 def test_what_glance_has_is_restored_also_while_nova_cannot_be_asked(node: Node, nova: Compute) -> None:
     """A fault keeps what might go, and holds nothing back that is needed."""
-    gone, back = retired(node), node.cloud.image("back", DATA)
+    gone, back, here = retired(node), node.cloud.image("back", DATA), node.cloud.image("here", DATA)
     base_in(node.cache, back, DATA).rename(set_aside(node, back))
     (node.images / back).unlink()
     nova.faults = {"detail": Fault(503)}
     found = prune(node, status=75)
     assert found[gone] == ("kept", "it could not be asked whether anything needs it")
-    assert node.names() == {set_aside(node, gone).name, node.entry(back).name}
+    assert node.names() == {set_aside(node, gone).name, node.entry(back).name, node.entry(here).name}
 
 
 @pytest.mark.parametrize("status", ["deactivated", "pending_delete", "killed", "queued"])
@@ -778,6 +778,7 @@ def test_an_image_that_glance_knows_is_kept(node: Node, status: str) -> None:
 
 def test_a_404_of_a_gateway_alone_is_not_believed(node: Node, nova: Compute, front: Front) -> None:
     """An image that is listed is there, whatever comes back when it is asked for by itself."""
+    node.cloud.image("here", DATA)
     image = node.cloud.image("image", DATA)
     (node.images / image).rename(node.entry(image))
     os.setxattr(node.entry(image), MARK, image.encode())

@@ -232,7 +232,7 @@ TROUBLES: dict[str, Trouble] = {
     "`Keystone refuses the credentials: HTTP 401`": given(OS_PASSWORD="wrong"),
     "`Keystone cannot be asked: ConnectFailure: Connection refused`": given(OS_AUTH_URL="http://127.0.0.1:1/v3"),
     "`Keystone cannot be asked: HTTP 503`": with_answer(Answer(503)),
-    "`Keystone has not answered whole within X s`": with_answer(Answer(0, hang=True), "--timeout", "1"),
+    "`Keystone has not answered whole within X s`": with_answer(Answer(body=b" ", again=0.01), "--timeout", "1"),
     "`Keystone speaks http, not https`": http_for_https,
     "`set OS_CACERT to the CA that signed it`": unknown_authority,
     "`public endpoint for image service in X region not found`": given(OS_REGION_NAME="X"),
