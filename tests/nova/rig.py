@@ -339,8 +339,13 @@ class Rig:
     def proof(self, server: str, node: Node | None = None, line: str = "guest: md5 ", seconds: float = 120) -> str:
         """Waits until the guest has printed a line that begins so, and returns what follows."""
         where = node or self.node
-        wait_until(lambda: f"\n{line}" in f"\n{where.console(server)}", f"{line!r} on {server}'s console", seconds)
-        return where.console(server).split(line, 1)[1].split("\n", 1)[0]
+
+        def found() -> list[str]:
+            whole = where.console(server).split("\n")[:-1]
+            return [each.removeprefix(line) for each in whole if each.startswith(line)]
+
+        wait_until(found, f"{line!r} on {server}'s console", seconds)
+        return found()[0]
 
     def alive(self, server: str, times: int) -> None:
         """Waits until the guest has said so often that it reads its disk."""
