@@ -59,9 +59,9 @@ def main() -> None:
     say("starting the cloud and a compute node")
     with Rig(Path(os.environ["RIG_DIRECTORY"])) as rig:
         lab = Lab(rig, figures)
+        fetched = lab.race()
         for size in sizes:
             lab.compare(size, options.rounds)
-        fetched = lab.race()
     print_tables(figures, sizes, fetched)
     draw(figures, sizes)
 

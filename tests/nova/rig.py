@@ -87,6 +87,10 @@ discover_hosts_in_cells_interval = 2
 workers = 1
 [conductor]
 workers = 1
+[quota]
+instances = -1
+cores = -1
+ram = -1
 [libvirt]
 virt_type = qemu
 cpu_mode = none
