@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -363,7 +364,9 @@ def test_without_extended_attributes_links_are_made_all_the_same(mount: Mount) -
 @needs_root
 def test_what_the_user_may_not_do_fails_the_image(store: Store) -> None:
     """Without the right to change an owner, the image fails with the system's words and gets no name."""
-    for path in (store.base, *store.base.parents[:3]):
+    for path in (store.base, *store.base.parents):
+        if path == Path(tempfile.gettempdir()):
+            break
         path.chmod(0o755)
     os.chown(store.cache, 65534, 65534)
     os.chown(store.source, 1, 1)
