@@ -39,11 +39,17 @@ _WORTH_A_BAR = 200
 class _Command(click.Command):
     """Where every way out of the command ends: one line of error, and one exit status."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except KeyboardInterrupt:
+            # click would make an Abort of it, with an empty line.
+            raise _InterruptedError from None
+
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
         except KeyboardInterrupt:
-            # click would make an Abort of it, with an empty line.
             raise _InterruptedError from None
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -52,7 +58,7 @@ class _Command(click.Command):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             status = super().main(*args, **kwargs | {"standalone_mode": False})
-        except _InterruptedError:
+        except (_InterruptedError, click.Abort):
             raise KeyboardInterrupt from None
         except click.ClickException as error:
             LOG.error("%s: see ln-images --help", error.format_message().rstrip(".").replace("\n", " "))

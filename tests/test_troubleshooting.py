@@ -99,6 +99,8 @@ def without_privileges(*arguments: str) -> Trouble:
     """As somebody who is not root: the mend is to be root."""
 
     def trouble(node: Node, _: Path) -> Iterator[str]:
+        if not all(parent.stat().st_mode & 0o001 for parent in COMMAND.resolve().parents):
+            pytest.skip("the command lies where only root reaches it")
         if "--owner" not in arguments:
             node.cache.parent.chmod(0o755)
             node.images.chmod(0o700)

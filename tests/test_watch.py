@@ -109,7 +109,7 @@ def test_others_that_come_in_do_not_make_it_be_asked_about_more(store: Path) -> 
     steps = [closed(store / name, unfinished=[FIRST]) for name in IDS[:80]]
     asked = passes(store, *steps, every=1)
     assert set(IDS[:80]) <= frozenset[str]().union(*(ids for ids in asked if ids))
-    assert 2 <= sum(FIRST in ids for ids in asked if ids) <= 8
+    assert 1 <= sum(FIRST in ids for ids in asked if ids) <= 8
 
 
 def test_many_at_once_cause_a_whole_pass(store: Path) -> None:
