@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from ln_images import inspection
-from ln_images.inode import MARK, SIZE_MARK, look_at, mark, opened, project, unmarked
+from ln_images.inode import MARK, SERVER_MARK, SIZE_MARK, look_at, mark, opened, project, unmarked
 from ln_images.model import (
     UNMARKABLE,
     AnotherRunError,
@@ -123,6 +123,11 @@ class Disk:
         except FileNotFoundError:
             return None
         return look_at(self._cache, name, status)
+
+    def server_of(self, name: str) -> str | None:
+        """The server whose snapshot a base was linked from, where it was one."""
+        with opened(name, self._cache) as descriptor:
+            return mark(descriptor, SERVER_MARK)
 
     def room(self) -> tuple[int, int, int]:
         """The size of both directories' file system, what is free there, in bytes, and the free inodes."""
@@ -235,8 +240,8 @@ class Disk:
         # After the owner, since a change of owner takes bits of the mode away.
         if stat.S_IMODE(os.fstat(source).st_mode) != options.mode:
             os.fchmod(source, options.mode)
-        for kind, value in ((MARK, image.id), (SIZE_MARK, str(status.st_size))):
-            if mark(source, kind) not in (value, UNMARKABLE):
+        for kind, value in ((MARK, image.id), (SIZE_MARK, str(status.st_size)), (SERVER_MARK, image.server)):
+            if value and mark(source, kind) not in (value, UNMARKABLE):
                 os.setxattr(source, kind, value.encode())
 
     def _link(self, source: int, image: Image, options: Options) -> Verdict:

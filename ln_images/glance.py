@@ -8,7 +8,7 @@ from typing import Any
 
 from ln_images.keystone import Connection, asking
 from ln_images.model import ConfigurationError, Image, TemporaryError
-from ln_images.plan import IN_FLIGHT
+from ln_images.plan import IN_FLIGHT, is_image_id
 
 LOG = logging.getLogger(__name__)
 
@@ -17,6 +17,8 @@ PAGE_SIZE = 1000
 IDS_A_REQUEST = 50
 # The property without which Nova verifies nothing (nova.image.glance, cursive.signature_utils).
 _SIGNATURE = "img_signature"
+# The property in which Nova keeps the server that it took a snapshot of (nova.compute.utils.create_image).
+_SERVER = "instance_uuid"
 
 
 class Glance:
@@ -147,4 +149,5 @@ def image_of(document: Mapping[str, Any]) -> Image:
         importing_to=text("os_glance_importing_to_stores"),
         checksum=(text("os_hash_algo"), text("os_hash_value")),
         signed=_SIGNATURE in document,
+        server=text(_SERVER) if is_image_id(text(_SERVER)) else "",
     )

@@ -12,9 +12,11 @@ from ln_images.model import UNMARKABLE, File
 
 # O_NOFOLLOW: a symbolic link is an error. O_NONBLOCK: a FIFO does not hold the run up.
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-# The mark on each inode that was linked: a SHA-1 cannot be turned back into an id. Beside it, the image's size.
+# The mark on each inode that was linked: a SHA-1 cannot be turned back into an id. Beside it, the image's size, and of
+# a snapshot the server.
 MARK = "user.ln_images.image_id"
 SIZE_MARK = "user.ln_images.size"
+SERVER_MARK = "user.ln_images.server_id"
 _NO_MARKS = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP})
 # FS_IOC_FSGETXATTR and FS_XFLAG_PROJINHERIT of linux/fs.h, and the fields of struct fsxattr.
 _FSGETXATTR, _PROJINHERIT, _FSXATTR = 0x801C581F, 0x200, struct.Struct("=5I8x")

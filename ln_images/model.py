@@ -65,7 +65,7 @@ class Image:
     """One image as Glance tells of it. ``size`` is in bytes, and None where Glance gives none.
 
     ``checksum`` is an algorithm's name and the digest of what was uploaded, or nothing of either. ``signed``:
-    its owner wants Nova to verify a signature.
+    its owner wants Nova to verify a signature. ``server`` is the id of the server that it is a snapshot of, or "".
     """
 
     id: str
@@ -76,6 +76,7 @@ class Image:
     importing_to: str = ""
     checksum: tuple[str, str] = ("", "")
     signed: bool = False
+    server: str = ""
 
 
 # The mark of an inode on a file system that cannot bear marks.

@@ -6,6 +6,7 @@ is removed. Any doubt keeps.
 """
 
 import logging
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -213,7 +214,8 @@ def _misnamed(servers: Iterable[Server], proof: bool, known: Iterable[str], disk
     """Why a server may be backed by another base than the one it names, or nothing.
 
     It names an image that nobody here knows, or Nova leaves wrong names, which stay after an upgrade (LP#1732428,
-    LP#1934094). Where the server's own disk is seen, it decides.
+    LP#1934094): that of the snapshot from which it was, or should have been, unshelved. Where the server's own disk is
+    seen, it decides.
     """
     here = {image_id.lower() for image_id in known}
     for server in servers:
@@ -223,9 +225,11 @@ def _misnamed(servers: Iterable[Server], proof: bool, known: Iterable[str], disk
             return f"{_OLD_NOVA}; that of server {server.id} is not seen"
         if server.image.lower() in here:
             continue
-        if not any(disk.entry(name + suffix) for name in _names(server.image) for suffix in ("", ".retired")):
-            return (
-                f"server {server.id} names image {server.image}, which neither Glance nor the cache has, and may use"
-                " any base: give --instances-dir with its disk"
-            )
+        names = [name + suffix for name in _names(server.image) for suffix in ("", ".retired")]
+        named = [name for name in names if (file := disk.entry(name)) and stat.S_ISREG(file.mode)]
+        may_use = "and may use any base: give --instances-dir with its disk"
+        if not named:
+            return f"server {server.id} names image {server.image}, which neither Glance nor the cache has, {may_use}"
+        if server.id in [disk.server_of(name) for name in named]:
+            return f"server {server.id} names its own snapshot {server.image}, which Glance no longer has, {may_use}"
     return ""

@@ -676,6 +676,29 @@ def test_case_1_a_server_that_names_a_deleted_snapshot(node: Node, nova: Compute
     assert prune(node, *with_disks) == {original: ("kept", f"{disk} is backed by it"), idle: ("retired", "")}
 
 
+def test_case_1_after_an_upgrade_of_nova_with_the_snapshot_still_in_the_cache(
+    node: Node, nova: Compute, tmp_path: Path
+) -> None:
+    """The snapshot was linked, too, so its base is there: that it is the server's own makes its name no proof."""
+    original = orphan(node)
+    snapshots = [node.cloud.image("web-shelved", DATA, instance_uuid=one) for one in (S1, S2, "../x")]
+    assert node.run().returncode == 0
+    for snapshot in snapshots:
+        node.cloud.delete(snapshot)
+    # The second one and the third are others' snapshots, from which servers were built.
+    nova.servers = [a_server(S1, snapshots[1]), a_server(S2, snapshots[2])]
+    names = {snapshots[0]: "retired", snapshots[1]: "kept", snapshots[2]: "kept"}
+    assert {key: value[0] for key, value in prune(node, "--dry-run").items()} == {original: "retired", **names}
+    nova.servers = [a_server(S1, snapshots[0])]
+    own = f"server {S1} names its own snapshot {snapshots[0]}, which Glance no longer has, and may use any base:"
+    assert prune(node)[original] == ("kept", f"{own} give --instances-dir with its disk")
+    disk = overlay(tmp_path, S1, node.entry(original))
+    assert prune(node, "--instances-dir", str(tmp_path))[original] == ("kept", f"{disk} is backed by it")
+    node.entry(snapshots[0]).unlink()
+    node.entry(snapshots[0]).symlink_to("x")
+    assert "neither Glance nor the cache has" in prune(node)[original][1]
+
+
 @pytest.mark.parametrize("host", ["compute-1", None])
 def test_case_2_a_server_in_error_on_another_base(node: Node, nova: Compute, host: str | None) -> None:
     """A rebuild that died on its way names the new image. One that never had a host has no disk, either."""
