@@ -9,19 +9,29 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 import os
 import signal
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """A signal that ends the run. Of a KeyboardInterrupt click would make an empty line."""
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted
+
 
 def start() -> None:
     """Runs the command. Whatever ends it from outside, it ends with status 130 and one line."""
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # Where it is ignored, as under nohup, it stays so.
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-            signal.signal(signal.SIGHUP, signal.default_int_handler)
+        for number in _ENDING:
+            # Where it is ignored, as under nohup, it stays so.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _interrupt)
         from ln_images.cli import main
 
         main(prog_name="ln-images")
-    except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    except (Interrupted, KeyboardInterrupt):
+        for number in _ENDING:
             signal.signal(number, signal.SIG_IGN)
         # Nothing of the interpreter's own end may add to the line, and nothing that was half imported is there.
         try:

@@ -39,27 +39,12 @@ _WORTH_A_BAR = 200
 class _Command(click.Command):
     """Where every way out of the command ends: one line of error, and one exit status."""
 
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        try:
-            return super().make_context(*args, **kwargs)
-        except KeyboardInterrupt:
-            # click would make an Abort of it, with an empty line.
-            raise _InterruptedError from None
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except KeyboardInterrupt:
-            raise _InterruptedError from None
-
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         logs.to_stderr()
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             status = super().main(*args, **kwargs | {"standalone_mode": False})
-        except (_InterruptedError, click.Abort):
-            raise KeyboardInterrupt from None
         except click.ClickException as error:
             LOG.error("%s: see ln-images --help", error.format_message().rstrip(".").replace("\n", " "))
             status = error.exit_code
@@ -71,10 +56,6 @@ class _Command(click.Command):
             LOG.error("a bug, please report it: %r at %s:%s", error, os.path.basename(where.filename), where.lineno)
             status = 1
         sys.exit(status)
-
-
-class _InterruptedError(Exception):
-    """KeyboardInterrupt on its way through click."""
 
 
 @click.command(
@@ -146,7 +127,7 @@ class _Run:
         except LnImagesError as error:
             self._note(error.exit_status)
             if ids is None:
-                self._write_metrics(None, error.exit_status)
+                self._measure(None, error.exit_status, narrow=False)
             if self._options.every is None or not isinstance(error, TemporaryError):
                 raise
             self._tell(str(error))
@@ -188,26 +169,18 @@ class _Run:
         worth_telling = any(result.verdict.outcome in CHANGES | FAULTS for result in made.results)
         if worth_telling or not (narrow or options.quiet):
             _print_report(made, status, options)
-        if not narrow:
-            self._write_metrics(made, status)
-        elif worth_telling and self._textfile is not None:
-            self._add_to_metrics(made)
+        if worth_telling or not narrow:
+            self._measure(made, status, narrow)
 
-    def _write_metrics(self, made: Pass | None, status: int) -> None:
-        if self._textfile is not None:
-            with self._told_beside():
-                self._textfile.write(made, status, time.time())
-
-    def _add_to_metrics(self, narrow: Pass) -> None:
-        if self._textfile is not None:
-            with self._told_beside():
-                self._textfile.add(narrow)
-
-    @contextlib.contextmanager
-    def _told_beside(self) -> Iterator[None]:
-        """A metrics file that cannot be written takes nothing from the pass, and is told once."""
+    def _measure(self, made: Pass | None, status: int, narrow: bool) -> None:
+        """Writes the metrics. A file that cannot be written takes nothing from the pass, and is told once."""
+        if self._textfile is None:
+            return
         try:
-            yield
+            if made is not None and narrow:
+                self._textfile.add(made)
+            else:
+                self._textfile.write(made, status, time.time())
         except ConfigurationError as error:
             self._note(error.exit_status)
             if str(error) != self._metrics_fault:
