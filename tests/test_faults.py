@@ -62,23 +62,25 @@ def mounted(directory: Path, *arguments: str) -> Iterator[Path]:
         subprocess.run(["umount", directory], check=True)
 
 
+@contextlib.contextmanager
+def formatted(place: Path, *mkfs: str) -> Iterator[Path]:
+    """A file system in the file ``device`` of a directory, mounted beside it, with a store and a cache on it."""
+    device, directory = place / "device", place / "volume"
+    with device.open("wb") as file:
+        file.truncate(320 * 2**20)
+    subprocess.run([*mkfs, device], check=True, capture_output=True)
+    directory.mkdir()
+    with mounted(directory, "-o", "loop", str(device)):
+        for name in ("images", "cache"):
+            (directory / name).mkdir()
+        yield directory
+
+
 @pytest.fixture
 def volume(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Makes a file system in the file ``tmp_path``/device, mounted, with a store and a cache on it."""
-    device, directory = tmp_path / "device", tmp_path / "volume"
+    """Makes such a file system for as long as the test takes."""
     with contextlib.ExitStack() as stack:
-
-        def make(*mkfs: str) -> Path:
-            with device.open("wb") as file:
-                file.truncate(320 * 2**20)
-            subprocess.run([*mkfs, device], check=True, capture_output=True)
-            directory.mkdir()
-            stack.enter_context(mounted(directory, "-o", "loop", str(device)))
-            for name in ("images", "cache"):
-                (directory / name).mkdir()
-            return directory
-
-        yield make
+        yield lambda *mkfs: stack.enter_context(formatted(tmp_path, *mkfs))
 
 
 def on(directory: Path) -> dict[str, str]:

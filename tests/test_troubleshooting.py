@@ -7,19 +7,27 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cloud import REGION
+from compute import Compute, Fault, in_catalog
+from compute import server as a_server
 from conftest import COMMAND, NO_OPENRC, REFERENCE, Node, needs_root
 from faulty import Answer, Authority, Faulty, Variables
+from test_faults import formatted, project
+from test_prune import base_in, overlay
 
 DATA = b"\1" * 5000
 TABLE = REFERENCE.partition("## When it does not work")[2].partition("\n## ")[0]
 ROWS = re.findall(r"^\| (`.+?`) \| .+ \|$", TABLE, re.MULTILINE)
 # Gives what a run says, and mends what was wrong when it is asked for more: then a plain run must be right.
 Trouble = Callable[[Node, Path], Iterator[str]]
+GONE, NOBODYS, SERVER = (f"{number}0000000-0000-4000-8000-000000000000" for number in (1, 2, 3))
 
 
 def said(node: Node, *arguments: str, **variables: str | None) -> str:
@@ -33,6 +41,19 @@ def given(*arguments: str, **variables: str | None) -> Trouble:
 
     def trouble(node: Node, _: Path) -> Iterator[str]:
         yield said(node, *arguments, **variables)
+
+    return trouble
+
+
+def without_module(module: str, *arguments: str) -> Trouble:
+    """An extra is not installed; the plain run does without."""
+    code = f"import sys; sys.modules[{module!r}] = None; from ln_images.cli import main; main({list(arguments)!r})"
+
+    def trouble(node: Node, _: Path) -> Iterator[str]:
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=node.environment(), capture_output=True, text=True, check=False
+        )
+        yield run.stderr
 
     return trouble
 
@@ -114,6 +135,211 @@ def without_privileges(*arguments: str) -> Trouble:
         yield run.stdout + run.stderr
 
     return trouble
+
+
+def under_a_project(node: Node, tmp_path: Path) -> Iterator[str]:
+    """The cache hands another project on than the images have; they are put under that one, too."""
+    with formatted(tmp_path, "mkfs.xfs", "-q") as at:
+        project(at / "cache", 7)
+        image = at / "images" / only(node)
+        shutil.copyfile(node.images / image.name, image)
+        yield said(node, **below(at))
+        project(image, 7)
+        assert node.run(**below(at)).returncode == 0
+
+
+def damaged(node: Node, tmp_path: Path) -> Iterator[str]:
+    """An entry of the cache is broken on the disk; fsck takes it away."""
+    with formatted(tmp_path, "mkfs.ext4", "-q") as at:
+        entry = at / "cache" / node.entry(only(node)).name
+        entry.touch()
+        shutil.copyfile(node.images / only(node), at / "images" / only(node))
+        device = tmp_path / "device"
+        subprocess.run(["umount", at], check=True)
+        clear = ["debugfs", "-w", "-R", f"clri /cache/{entry.name}", str(device)]
+        subprocess.run(clear, check=True, capture_output=True)
+        subprocess.run(["mount", "-o", "loop", device, at], check=True)
+        yield said(node, **below(at))
+        subprocess.run(["umount", at], check=True)
+        # Its status says that something was mended.
+        assert subprocess.run(["fsck.ext4", "-fy", device], check=False, capture_output=True).returncode == 1
+        subprocess.run(["mount", "-o", "loop", device, at], check=True)
+        assert node.run(**below(at)).returncode == 0
+
+
+def other_than_glance(node: Node, tmp_path: Path) -> Iterator[str]:
+    """What stands at Glance's endpoint answers with something else, until the endpoint is corrected."""
+    identity = node.cloud.identity()
+    service = identity.get("/services", params={"type": "image"}).json()["services"][0]["id"]
+    with Faulty(node.cloud.glance, lambda path: Answer(body=b"[]") if "images" in path else path) as gateway:
+        region = tmp_path.name.replace("_", "-")
+        document = {"service_id": service, "url": gateway.url, "region": region, "interface": "public"}
+        made = identity.post("/endpoints", json={"endpoint": document}).json()["endpoint"]["id"]
+        yield said(node, OS_REGION_NAME=region)
+        identity.patch(f"/endpoints/{made}", json={"endpoint": {"url": node.cloud.glance}})
+        assert node.run("--dry-run", OS_REGION_NAME=region).returncode == 0
+        identity.delete(f"/endpoints/{made}")
+
+
+def with_a_raw_copy(node: Node, tmp_path: Path) -> Iterator[str]:
+    """A node had force_raw_images on; no server uses the copy, and it is taken away."""
+    made = tmp_path / "disk"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", made, "1M"], check=True)
+    image = node.cloud.image("qcow2", made.read_bytes(), disk_format="qcow2")
+    node.entry(image).write_bytes(DATA)
+    yield said(node)
+    node.entry(image).unlink()
+
+
+def nowhere_to_report(node: Node, _: Path) -> Iterator[str]:
+    """The disk behind standard output is full."""
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [COMMAND], env=node.environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=True
+        )
+    yield run.stderr
+
+
+def pruned(node: Node, *arguments: str, **variables: str | None) -> str:
+    """All that a run with --prune prints."""
+    return said(node, "--prune", "--prune-after", "0s", *arguments, **variables)
+
+
+@contextlib.contextmanager
+def with_nova(node: Node, *arguments: str) -> Iterator[Compute]:
+    """A Nova in the catalog, and a base of which the image is gone: in the end, with all mended, that is retired."""
+    base = base_in(node.cache, GONE)
+    with Compute() as nova, in_catalog(node.cloud.identity(), (REGION, "public", nova.url)):
+        yield nova
+        pruned(node, *arguments)
+        base.with_name(f"{base.name}.retired").unlink()
+
+
+def prune_of_a_member(node: Node, tmp_path: Path) -> Iterator[str]:
+    """The plain run with another credential."""
+    name = f"pruner-{tmp_path.name}"
+    node.cloud.add_user(name, name, "member")
+    with with_nova(node):
+        yield pruned(node, OS_USERNAME=name, OS_PROJECT_NAME=name)
+
+
+def busy(nova: Compute) -> None:
+    """It answers nothing else."""
+    nova.faults = {"detail": Fault(503)}
+
+
+def of_a_lister(nova: Compute) -> None:
+    """A role may list all servers, and is no administrator's otherwise."""
+    nova.all_filters, nova.servers = False, [a_server("s")]
+
+
+def well(nova: Compute) -> None:
+    """All of it."""
+    nova.all_filters, nova.faults = True, {}
+    nova.down_hosts.clear()
+
+
+def while_nova_is(change: Callable[[Compute], None], mend: Callable[[Compute], None]) -> Trouble:
+    """Nova is so that nothing may go, until somebody mends it."""
+
+    def trouble(node: Node, _: Path) -> Iterator[str]:
+        with with_nova(node) as nova:
+            change(nova)
+            yield pruned(node)
+            mend(nova)
+
+    return trouble
+
+
+def with_servers(*servers: dict[str, Any]) -> Trouble:
+    """A server stands against it, until it is brought to rest."""
+    return while_nova_is(lambda nova: nova.servers.extend(servers), lambda nova: nova.servers.clear())
+
+
+def with_its_disk(prepare: Callable[[Node, Compute], str]) -> Trouble:
+    """What a server's disk is backed by cannot be told, until the disk is seen."""
+
+    def trouble(node: Node, tmp_path: Path) -> Iterator[str]:
+        with with_nova(node, "--instances-dir", str(tmp_path)) as nova:
+            nova.servers = [a_server(SERVER, prepare(node, nova))]
+            yield pruned(node)
+            overlay(tmp_path, SERVER, node.cache / "x")
+
+    return trouble
+
+
+def of_an_old_nova(node: Node, nova: Compute) -> str:
+    """It shows no newer microversion; its server is on an image that is there."""
+    nova.newest = (2, 90)
+    return only(node)
+
+
+def own_snapshot(node: Node, _: Compute) -> str:
+    """It was linked, and is deleted."""
+    snapshot = node.cloud.image("shelved", DATA, instance_uuid=SERVER)
+    node.run()
+    node.cloud.delete(snapshot)
+    return snapshot
+
+
+def without_an_endpoint(node: Node, _: Path) -> Iterator[str]:
+    """It has one on another interface, until it gets one on this, too."""
+    base_in(node.cache, GONE)
+    with Compute() as nova, in_catalog(node.cloud.identity(), (REGION, "internal", nova.url)):
+        yield pruned(node)
+        with with_nova(node):
+            pass
+
+
+def without_nova(node: Node, _: Path) -> Iterator[str]:
+    """Until it is in the catalog."""
+    base_in(node.cache, GONE)
+    yield pruned(node)
+    with with_nova(node):
+        pass
+
+
+def of_another_cloud(node: Node, _: Path) -> Iterator[str]:
+    """The store is another's, as far as this cloud's Glance tells; the plain run has the right one."""
+    other = node.cache.with_suffix(".other")
+    other.mkdir()
+    (other / GONE).write_bytes(DATA)
+    yield pruned(node, LN_IMAGES_IMAGES_DIR=str(other))
+
+
+def instances_not_mounted(node: Node, tmp_path: Path) -> Iterator[str]:
+    """An empty directory, until the disks are there."""
+    with with_nova(node, "--instances-dir", str(tmp_path)):
+        yield pruned(node, "--instances-dir", str(tmp_path))
+        overlay(tmp_path, SERVER, node.cache / "x")
+
+
+def disk_not_read(node: Node, tmp_path: Path) -> Iterator[str]:
+    """A disk is cut short, and taken away."""
+    with with_nova(node, "--instances-dir", str(tmp_path)):
+        disk = overlay(tmp_path, SERVER, node.cache / "x").with_name("disk.config")
+        disk.write_bytes(b"QFI\xfb")
+        yield pruned(node, "--instances-dir", str(tmp_path))
+        disk.unlink()
+
+
+def both_names(node: Node, _: Path) -> Iterator[str]:
+    """Nothing needs the retired one, which is removed by hand."""
+    with with_nova(node):
+        retired = node.entry(GONE).with_name(f"{node.entry(GONE).name}.retired")
+        retired.write_bytes(b"other")
+        yield pruned(node)
+        retired.unlink()
+
+
+def unmarked(node: Node, _: Path) -> Iterator[str]:
+    """The option is given."""
+    with with_nova(node):
+        base = base_in(node.cache, "nova's", mark=False)
+        base.rename(base.with_name(f"{base.name}.retired"))
+        yield pruned(node)
+        assert "1 pruned" in pruned(node, "--prune-unmarked", "--dry-run")
+        base.with_name(f"{base.name}.retired").unlink()
 
 
 def volume_not_mounted(node: Node, _: Path) -> Iterator[str]:
@@ -211,12 +437,17 @@ def read_only(node: Node, tmp_path: Path) -> Iterator[str]:
         assert node.run(**directories).returncode == 0
 
 
+def below(directory: Path) -> Variables:
+    """The settings for a store and a cache below a directory."""
+    return {"LN_IMAGES_IMAGES_DIR": str(directory / "images"), "LN_IMAGES_CACHE_DIR": str(directory / "cache")}
+
+
 @contextlib.contextmanager
 def mounted(directory: Path, options: str) -> Iterator[Variables]:
     """A small file system of its own, and the settings for a store and a cache there."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], check=True)
     try:
-        yield {"LN_IMAGES_IMAGES_DIR": str(directory / "images"), "LN_IMAGES_CACHE_DIR": str(directory / "cache")}
+        yield below(directory)
     finally:
         subprocess.run(["umount", "--lazy", directory], check=True)
 
@@ -230,6 +461,9 @@ def only(node: Node) -> str:
 TROUBLES: dict[str, Trouble] = {
     "`OS_PASSWORD not set`": given(OS_PASSWORD=None),
     "`OS_AUTH_TYPE=X is no auth plugin known here`": given(OS_AUTH_TYPE="x"),
+    "`OS_AUTH_URL is no http or https URL`": given(OS_AUTH_URL="keystone:5000"),
+    "`--os-cloud X:`": given("--os-cloud", "nobodys"),
+    "`--os-cloud needs openstacksdk`": without_module("openstack", "--os-cloud", "x"),
     "`OS_CACERT=X cannot be read`": given(OS_CACERT="/no/such/file"),
     "`Keystone refuses the credentials: HTTP 401`": given(OS_PASSWORD="wrong"),
     "`Keystone cannot be asked: ConnectFailure: Connection refused`": given(OS_AUTH_URL="http://127.0.0.1:1/v3"),
@@ -239,25 +473,50 @@ TROUBLES: dict[str, Trouble] = {
     "`set OS_CACERT to the CA that signed it`": unknown_authority,
     "`public endpoint for image service in X region not found`": given(OS_REGION_NAME="X"),
     "`Glance refuses the credentials: HTTP 401`": of_a_limited_credential,
+    "`check OS_PROJECT_NAME (a token without a project has no catalog)`": given(OS_PROJECT_NAME=None),
+    "`Glance answers with something that is no list of images`": other_than_glance,
     "`the credential has no admin role`": of_a_member,
     "`there is no user 'X' here`": given("--owner", "nobody-of-that-name"),
+    "`--owner: X is a number: say which group`": given("--owner", "12345"),
     "`everybody must read`": given("--mode", "0640"),
     "`--images-dir X: No such file or directory`": given("--images-dir", "/no/such/directory"),
     "`--images-dir X: Permission denied`": without_privileges(),
     "`none of them has a file in X: is its volume mounted`": volume_not_mounted,
     "`are on two file systems or two mounts of one`": given("--cache-dir", "/dev/shm"),
+    "`--images-dir and --cache-dir are one directory`": given("--images-dir", "/dev/shm", "--cache-dir", "/dev/shm"),
+    "`X is under a project quota`": under_a_project,
     "`another run holds the lock`": beside_another_run,
+    "`--metrics-file needs prometheus-client`": without_module("prometheus_client", "--metrics-file=/tmp/x.prom"),
     "`--metrics-file X: No such file or directory`": given("--metrics-file", "/no/such/directory/x.prom"),
     "`--log-file X: No such file or directory`": given("--log-file", "/no/such/directory/log"),
     "`failed`: `No space left on device`": full,
     "`failed`: `Read-only file system`": read_only,
+    "`failed`: `Structure needs cleaning`": damaged,
     "`failed`: `servers get an earlier image of this id`": made_again,
     "`damaged`: `the linked file has X of X bytes`": truncated,
     "`occupied`: `another file of the same size has the cache name`": with_a_name_taken(DATA),
     "`occupied`: `another file has the cache name, and differs`": with_a_name_taken(b"nova's"),
+    "`occupied`: `Nova's raw copy has the cache name`": with_a_raw_copy,
     "`refused`: `the content is X, Glance says X`": with_another_content,
     "`refused`: `the file has X bytes, Glance says X`": with_a_longer_file,
     "`skipped`: `Glance does not know it`": unknown_to_glance,
+    "`the report cannot be written: No space left on device`": nowhere_to_report,
+    "`--prune needs a credential with the role admin`": prune_of_a_member,
+    "`Nova in X cannot be asked: HTTP 503`": while_nova_is(busy, well),
+    "`Nova in X has no endpoint on the interface in use`": without_an_endpoint,
+    "`the catalog has no compute service`": without_nova,
+    "`Nova does not see all of its cells`": while_nova_is(Compute.cell_down, well),
+    "`Nova shows this credential less than an administrator`": while_nova_is(of_a_lister, well),
+    "`Glance knows none of the images whose files are here`": of_another_cloud,
+    "`kept`: `it could not be asked whether anything needs it`": while_nova_is(busy, well),
+    "`kept`: `server X is in X and may use any base`": with_servers(a_server("s", status="ERROR")),
+    "`kept`: `server X names image X, which neither Glance nor the cache has`": with_its_disk(lambda *_: NOBODYS),
+    "`kept`: `server X names its own snapshot X, which Glance no longer has`": with_its_disk(own_snapshot),
+    "`kept`: `Nova is older than 26.0.0`": with_its_disk(of_an_old_nova),
+    "`kept`: `--instances-dir X has no directory of a server`": instances_not_mounted,
+    "`kept`: `what X is backed by cannot be told`": disk_not_read,
+    "`kept`: `another file has the name X`": both_names,
+    "`kept`: `its image is not known: --prune-unmarked removes it`": unmarked,
 }
 
 
