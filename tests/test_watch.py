@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import os
 import signal
@@ -105,11 +106,20 @@ def test_who_is_not_active_yet_is_asked_about_again(store: Path) -> None:
 
 
 def test_others_that_come_in_do_not_make_it_be_asked_about_more(store: Path) -> None:
-    """An image that never becomes active is asked about a few times, whatever is closed meanwhile."""
-    steps = [closed(store / name, unfinished=[FIRST]) for name in IDS[:80]]
-    asked = passes(store, *steps, every=1)
-    assert set(IDS[:80]) <= frozenset[str]().union(*(ids for ids in asked if ids))
-    assert 1 <= sum(FIRST in ids for ids in asked if ids) <= 8
+    """One that is not active yet waits twice as long each time, from 20 ms on, whatever is closed meanwhile."""
+    begun = []
+
+    def step(name: str) -> Unfinished:
+        begun.append(time.monotonic())
+        time.sleep(0.002)
+        return closed(store / name, unfinished=[FIRST])()
+
+    asked = passes(store, *(functools.partial(step, name) for name in IDS))
+    assert set(IDS) <= frozenset[str]().union(*(ids for ids in asked if ids))
+    when = [at for at, ids in zip(begun, asked, strict=False) if ids and FIRST in ids]
+    waits = [later - earlier for earlier, later in itertools.pairwise(when)]
+    assert len(waits) >= 2
+    assert all(wait >= 0.02 * 2**number for number, wait in enumerate(waits))
 
 
 def test_many_at_once_cause_a_whole_pass(store: Path) -> None:
