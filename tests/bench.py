@@ -102,8 +102,8 @@ watch taken away by a limit of 0 inotify instances. The six lines are by their s
 linked when the next pass has ended.
 """,
     "idle": """
-Everything that a minute costs in which nothing happens: the processes of that minute, their start included, and the
-requests that they send to Keystone and Glance.
+Everything that a minute costs in which nothing happens, with 1,000 links: the processes of that minute, their start
+included, and the requests that they send to Keystone and Glance. The service was started before.
 """,
     "narrow": """
 In one process under `--every`: a pass for one image whose file was just closed, and whole passes with nothing to do,
@@ -289,6 +289,16 @@ class Lab:
         memory = int(re.findall(r"^VmHWM:\s*(\d+)", status, re.M)[0]) / 1024
         return [f"{statistics.median(found):.3f}", f"{requests:.1f}", f"{first:.3f}", f"{later:.3f}", f"{memory:.0f}"]
 
+    def minute_of_a_service(self) -> Sample:
+        """What a process without an end costs in a minute, its start not counted."""
+        with self.started(COMMAND, "--format", "json", "--every", "10") as process:
+            next(iter(process.stdout or ()))
+            before, requests = _used(process.pid), self._requests()
+            time.sleep(60)
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            memory = int(re.findall(r"^VmHWM:\s*(\d+)", status, re.M)[0]) * 1024
+            return Sample(60, _used(process.pid) - before, memory, self._requests() - requests)
+
     def verify(self, gib: float, rounds: int) -> dict[tuple[str, str], list[Sample]]:
         """Reads one file of so many GiB whole, with each command in turns."""
         say(f"one file of {gib:g} GiB")
@@ -322,6 +332,12 @@ class Lab:
         logs = [self.cloud.directory / f"{name}-access.log" for name in ("keystone", "glance")]
         lines = itertools.chain.from_iterable(log.read_text().splitlines() for log in logs if log.exists())
         return sum("python-keystoneclient" not in line and "keystonemiddleware" not in line for line in lines)
+
+
+def _used(pid: int) -> float:
+    """The seconds of CPU that a process has used (proc_pid_stat(5))."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def compare(labs: Sequence[Lab], rounds: int) -> Figures:
@@ -432,9 +448,11 @@ def idle(directory: Path, options: argparse.Namespace) -> None:
         six = Sample(*(sum(column) for column in zip(*single, strict=True)))
         events, _ = one.measured(COMMAND, "-q", "--every", "10", "--for", "65")
         clock, _ = one.measured(*WITHOUT_INOTIFY, COMMAND, "-q", "--every", "1", "--for", "58")
+        service = one.minute_of_a_service()
     table("an idle minute", "HTTP requests", "CPU, s", "peak memory, MiB")
     for what, sample in (
         ("`--every 10 --for 65`", events),
+        ("`--every 10`, a service at work", service),
         ("`--every 1 --for 58`, clock alone", clock),
         ("six cron lines", six._replace(memory=max(each.memory for each in single))),
         ("of these, one pass", median(single)),
