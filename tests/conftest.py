@@ -31,6 +31,9 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "report.schema.json").read_text()))
 COMMAND = Path(sys.executable).with_name("ln-images")
+# A run that is measured for coverage takes twice as long. Those of these modules, and what tests call in their own
+# process, go through all of the package.
+MEASURED = {"test_cli", "test_metrics", "test_options", "test_terminal", "test_watch"}
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 # As root the tests link for somebody else, as in production; otherwise for whoever runs them.
 OWNER = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())
@@ -56,6 +59,7 @@ class Node:
 
     cloud: Cloud
     cache: Path
+    measured: bool = False
 
     @property
     def images(self) -> Path:
@@ -64,7 +68,8 @@ class Node:
 
     def environment(self, **variables: str | None) -> dict[str, str]:
         """What the command runs in: an openrc, and this node's settings. None takes a variable away."""
-        kept = {key: value for key, value in os.environ.items() if key.startswith(("COV", "PATH"))}
+        inherited = ("PATH", "COV") if self.measured else "PATH"
+        kept = {key: value for key, value in os.environ.items() if key.startswith(inherited)}
         settings = {
             "LN_IMAGES_IMAGES_DIR": str(self.images),
             "LN_IMAGES_CACHE_DIR": str(self.cache),
@@ -130,7 +135,7 @@ def node(cloud: Cloud, request: pytest.FixtureRequest) -> Iterator[Node]:
         cloud.directory / f"cache-{hashlib.sha1(request.node.nodeid.encode(), usedforsecurity=False).hexdigest()[:12]}"
     )
     cache.mkdir()
-    yield Node(cloud, cache)
+    yield Node(cloud, cache, request.module.__name__ in MEASURED)
     cloud.clear()
 
 
