@@ -3,7 +3,7 @@
 import grp
 import pwd
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -13,6 +13,10 @@ from ln_images.model import DISK_FORMATS, ConfigurationError
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # What chown(2) takes for "leave it".
 _NO_ID = 2**32 - 1
+_USER_MEND = (
+    "name the one that QEMU runs as on the compute nodes, or its number; `stat -c %u:%g` of a running server's disk"
+    " tells both"
+)
 
 
 class _Seconds(click.FloatRange):
@@ -59,36 +63,22 @@ def _mode(_context: click.Context, _option: click.Parameter, value: str) -> int:
 def _owner(_context: click.Context, _option: click.Parameter, value: str) -> tuple[int, int]:
     """The uid and gid that ``USER[:GROUP]`` stands for, names or numbers, as chown(1) reads it."""
     user, _, group = value.partition(":")
+    uid = _id("user", user, lambda: pwd.getpwnam(user).pw_uid, _USER_MEND)
+    if group:
+        return uid, _id("group", group, lambda: grp.getgrnam(group).gr_gid, "name another, or its number")
     try:
-        entry = pwd.getpwnam(user)
-        uid = entry.pw_uid
-        if not group:
-            return uid, entry.pw_gid
-    except (KeyError, ValueError):
-        uid = _number(user)
-        if uid < 0:
-            raise ConfigurationError(
-                f"--owner: there is no user {user!r} here: name the one that QEMU runs as on the compute nodes, or its"
-                " number; `stat -c %u:%g` of a running server's disk tells both"
-            ) from None
-        if not group:
-            raise ConfigurationError(f"--owner: {user} is a number: say which group, as {user}:GROUP") from None
-    try:
-        return uid, grp.getgrnam(group).gr_gid
-    except (KeyError, ValueError):
-        gid = _number(group)
-        if gid < 0:
-            raise ConfigurationError(
-                f"--owner: there is no group {group!r} here: name another, or its number"
-            ) from None
-        return uid, gid
+        return uid, pwd.getpwnam(user).pw_gid
+    except KeyError:
+        raise ConfigurationError(f"--owner: {user} is a number: say which group, as {user}:GROUP") from None
 
 
-def _number(text: str) -> int:
-    """The number of a user or group that a text is, or -1."""
-    if text.isascii() and text.isdigit() and len(text) <= len(str(_NO_ID)) and int(text) < _NO_ID:
-        return int(text)
-    return -1
+def _id(kind: str, name: str, find: Callable[[], int], mend: str) -> int:
+    try:
+        return find()
+    except (KeyError, ValueError):
+        if re.fullmatch("[0-9]{1,10}", name) and int(name) < _NO_ID:
+            return int(name)
+        raise ConfigurationError(f"--owner: there is no {kind} {name!r} here: {mend}") from None
 
 
 def _option(*names: str, **attributes: Any) -> click.Option:
