@@ -2,12 +2,15 @@
 
 import contextlib
 import hashlib
+import io
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from keystoneauth1.adapter import Adapter
 from cloud import REGION, ROOT, Cloud
 from compute import Compute, in_catalog
 from faulty import Faulty, Front, Rule, Variables
+from ln_images.cli import main
 
 # Whatever ends the tests, the servers that they started are stopped first. A shell that runs the tests in the
 # background has them ignore SIGINT, and so would the command that they start.
@@ -31,9 +35,9 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "report.schema.json").read_text()))
 COMMAND = Path(sys.executable).with_name("ln-images")
-# A run that is measured for coverage takes twice as long. Those of these modules, and what tests call in their own
-# process, go through all of the package.
-MEASURED = {"test_cli", "test_metrics", "test_options", "test_terminal", "test_watch"}
+# A process that is measured for coverage takes twice as long. Those of these modules are; of the others, what is called
+# in the tests' own process.
+MEASURED = {"test_cli", "test_terminal", "test_watch"}
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 # As root the tests link for somebody else, as in production; otherwise for whoever runs them.
 OWNER = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())
@@ -79,16 +83,44 @@ class Node:
         return {key: value for key, value in merged.items() if value is not None}
 
     def run(self, *arguments: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
-        """Runs the installed command to its end. Whatever JSON it prints must be as the schema says."""
-        run = subprocess.run(
-            [COMMAND, *arguments],
-            env=self.environment(**variables),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
+        """Calls the command, and sees it to its end, in this process: a new one would take a second to start.
+
+        Whatever JSON it prints must be as the schema says.
+        """
+        said, errors, status = io.StringIO(), io.StringIO(), 0
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(errors),
+            logging_put_back(),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            for name in [name for name in os.environ if name.startswith(("OS_", "LN_IMAGES_"))]:
+                patch.delenv(name)
+            for name, value in self.environment(**variables).items():
+                patch.setenv(name, value)
+            try:
+                main(list(arguments), prog_name="ln-images")
+            except SystemExit as ended:
+                status = int(ended.code or 0)
+        return self._checked(subprocess.CompletedProcess(arguments, status, said.getvalue(), errors.getvalue()))
+
+    def process(self, *arguments: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
+        """Runs the installed command as a process of its own, as :meth:`run` does."""
+        return self._checked(
+            subprocess.run(
+                [COMMAND, *arguments],
+                env=self.environment(**variables),
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
         )
-        if "json" in arguments:
+
+    @staticmethod
+    def _checked(run: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+        if "json" in run.args:
             for line in run.stdout.splitlines():
                 SCHEMA.validate(json.loads(line))
         return run
@@ -119,6 +151,21 @@ class Node:
     def names(self) -> set[str]:
         """Every name in the cache."""
         return {path.name for path in self.cache.iterdir()}
+
+
+@contextlib.contextmanager
+def logging_put_back() -> Iterator[None]:
+    """Leaves the loggers as they were, whatever the command makes of them, and its log file closed."""
+    root, ours = logging.getLogger(), logging.getLogger("ln_images")
+    handlers, before = (root.handlers[:], ours.handlers[:]), (ours.propagate, ours.level, logging.raiseExceptions)
+    try:
+        yield
+    finally:
+        for handler in set(ours.handlers).difference(handlers[1]):
+            handler.close()
+        root.handlers[:], ours.handlers[:] = handlers
+        ours.propagate, ours.level, logging.raiseExceptions = before
+        logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")

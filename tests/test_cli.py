@@ -117,10 +117,10 @@ def test_mode_owner_and_formats_are_what_the_options_say(node: Node) -> None:
     """--mode and --disk-format, given as options or in the environment, decide; formats are repeatable."""
     raw = node.cloud.image("raw", DATA)
     ramdisk = node.cloud.image("ramdisk", DATA, disk_format="ari", container_format="ari")
-    assert node.run("--mode", "0444", "--disk-format", "raw").returncode == 0
+    assert node.process("--mode", "0444", "--disk-format", "raw").returncode == 0
     assert node.entry(raw).stat().st_mode & 0o7777 == 0o444
     assert not node.entry(ramdisk).exists()
-    assert node.run(LN_IMAGES_MODE="0644", LN_IMAGES_DISK_FORMAT="raw ARI").returncode == 0
+    assert node.process(LN_IMAGES_MODE="0644", LN_IMAGES_DISK_FORMAT="raw ARI").returncode == 0
     assert node.linked(raw)
     assert node.linked(ramdisk)
 
@@ -131,7 +131,7 @@ def test_a_dry_run_touches_nothing(node: Node) -> None:
     before = inode(node.images / image)
     descriptor = os.open(node.cache, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    run = node.run("--dry-run")
+    run = node.process("--dry-run")
     os.close(descriptor)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1].startswith("dry run: 1 linked, ")
@@ -146,18 +146,18 @@ def test_a_text_report_is_a_table_and_a_summary(node: Node) -> None:
     row = f"debian    {image}  active  97.7 KiB  {{}}"
     waits = f"tomorrow  {queued}  queued  -         waiting  status queued"
     head = f"NAME      {'ID':36}  STATUS  SIZE      OUTCOME  REASON"
-    assert node.run().stdout.splitlines()[:-1] == [head, waits, row.format("linked")]
-    second = node.run().stdout.splitlines()
+    assert node.process().stdout.splitlines()[:-1] == [head, waits, row.format("linked")]
+    second = node.process().stdout.splitlines()
     assert second[1:-1] == [waits.replace("  -         ", "  -     ")]
     assert re.fullmatch(r"1 present, 1 waiting, \d+\.\d s", second[-1])
-    assert node.run("--full").stdout.splitlines()[:-1] == [head, waits, row.format("present")]
-    assert f"-         {image}  -       -     present" in node.run("-v").stdout.splitlines()
+    assert node.process("--full").stdout.splitlines()[:-1] == [head, waits, row.format("present")]
+    assert f"-         {image}  -       -     present" in node.process("-v").stdout.splitlines()
 
 
 def test_a_json_report_is_one_line_of_the_documents_shape(node: Node) -> None:
     """The document has the fields, the counts and the images of the contract; those present only with -v."""
     image = node.cloud.image("de\u202ebian\n", DATA)
-    run = node.run("--format", "json")
+    run = node.process("--format", "json")
     assert run.stdout.count("\n") == 1
     assert run.stdout.isascii()
     document = json.loads(run.stdout)
@@ -179,7 +179,7 @@ def test_a_json_report_is_one_line_of_the_documents_shape(node: Node) -> None:
             "reason": "",
         }
     ]
-    assert json.loads(node.run("--format", "json").stdout)["images"] == []
+    assert json.loads(node.process("--format", "json").stdout)["images"] == []
     image_of_it = document["images"][0]
     wrongs: tuple[dict[str, Any], ...] = (
         {"version": 2},
@@ -199,19 +199,19 @@ def test_quiet_prints_nothing_while_all_is_well(node: Node) -> None:
     """Under -q a pass that fails nothing prints nothing, so that cron sends no mail; JSON tells of changes only."""
     node.cloud.image("image", DATA)
     node.cloud.create("queued")
-    first, second = node.run("-q"), node.run("-q")
+    first, second = node.process("-q"), node.run("-q")
     assert [(run.returncode, run.stdout, run.stderr) for run in (first, second)] == [(0, "", "")] * 2
-    assert node.run("-q", "--format", "json").stdout == ""
+    assert node.process("-q", "--format", "json").stdout == ""
     node.cloud.image("another", DATA)
-    assert json.loads(node.run("-q", "--format", "json").stdout)["counts"]["linked"] == 1
+    assert json.loads(node.process("-q", "--format", "json").stdout)["counts"]["linked"] == 1
 
 
 def test_the_log_file_tells_what_changed_and_where(node: Node, tmp_path: Path) -> None:
     """Each change is one line with its time, level and place; a pass in which nothing changes adds none."""
     log = tmp_path / "log"
     image = node.cloud.image("two\nlines \x1b[31m", DATA)
-    node.run("-q", "--log-file", str(log))
-    node.run("-q", "--log-file", str(log))
+    node.process("-q", "--log-file", str(log))
+    node.process("-q", "--log-file", str(log))
     line = (
         rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} INFO run\.py:\d+ linked: {image}"
         rf" \(two\\nlines \\x1b\[31m\) as {node.entry(image).name}\n"
@@ -226,7 +226,7 @@ def test_a_refused_and_an_occupied_image_are_warnings_in_the_log_file_alone(node
     (node.images / refused).write_bytes(b"QFI\xfb\0\0\0\3" + DATA[8:])
     node.entry(taken).write_bytes(b"nova's")
     for _ in range(2):
-        run = node.run("-q", "--log-file", str(log))
+        run = node.process("-q", "--log-file", str(log))
         assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     logged = re.findall(r"WARNING run\.py:\d+ (refused|occupied): (\S+)", log.read_text())
     assert sorted(logged) == sorted([("refused", refused), ("occupied", taken)] * 2)
@@ -240,7 +240,7 @@ def test_the_log_file_rotates(node: Node, tmp_path: Path) -> None:
         Path(f"{log}.{number}").write_text(str(number))
     log.write_bytes(b"x" * (1024 * 1024 - 1))
     node.cloud.image("image", DATA)
-    node.run("--log-file", str(log))
+    node.process("--log-file", str(log))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", *(f"log.{number}" for number in range(1, 6))]
     assert "linked" in log.read_text()
     assert Path(f"{log}.1").stat().st_size == 1024 * 1024 - 1
@@ -258,7 +258,7 @@ def test_a_failed_image_is_exit_status_1(node: Node, tmp_path: Path) -> None:
         cache.mkdir()
         (images / image).write_bytes(DATA)
         subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
-        run = node.run("-q", LN_IMAGES_IMAGES_DIR=str(images), LN_IMAGES_CACHE_DIR=str(cache))
+        run = node.process("-q", LN_IMAGES_IMAGES_DIR=str(images), LN_IMAGES_CACHE_DIR=str(cache))
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
     assert (run.returncode, run.stdout) == (1, "")
@@ -272,7 +272,7 @@ def test_the_lock_of_another_run_is_exit_status_75(node: Node) -> None:
     node.cloud.image("image", DATA)
     descriptor = os.open(node.cache, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    run = node.run()
+    run = node.process()
     os.close(descriptor)
     assert (run.returncode, run.stdout) == (75, "")
     assert f"another run holds the lock on {node.cache}" in one_line(run.stderr)
@@ -283,7 +283,7 @@ def test_configuration_beats_the_lock(node: Node) -> None:
     """Where several faults hold, the most severe one decides: 2 before 75."""
     descriptor = os.open(node.cache, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    run = node.run(OS_PASSWORD=None)
+    run = node.process(OS_PASSWORD=None)
     os.close(descriptor)
     assert run.returncode == 2
 
@@ -303,7 +303,7 @@ def test_configuration_beats_the_lock(node: Node) -> None:
 )
 def test_wrong_usage_is_exit_status_2(node: Node, arguments: list[str], named: str) -> None:
     """A wrong option is one line that names it, and nothing is done."""
-    run = node.run(*arguments)
+    run = node.process(*arguments)
     assert (run.returncode, run.stdout) == (2, "")
     assert named in one_line(run.stderr)
 
@@ -337,8 +337,8 @@ def test_a_report_that_cannot_be_written_takes_nothing_away(
 def test_names_of_any_script_are_printed_under_any_locale(node: Node) -> None:
     """A terminal that cannot show a name gets it escaped."""
     node.cloud.image("\N{CJK UNIFIED IDEOGRAPH-4E2D}\u6587", DATA)
-    assert "\\u4e2d\\u6587" in node.run(PYTHONIOENCODING="iso-8859-1").stdout
-    assert "\u4e2d\u6587" in node.run("--full", PYTHONIOENCODING="utf-8").stdout
+    assert "\\u4e2d\\u6587" in node.process(PYTHONIOENCODING="iso-8859-1").stdout
+    assert "\u4e2d\u6587" in node.process("--full", PYTHONIOENCODING="utf-8").stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -437,7 +437,7 @@ def test_killed_at_any_moment_only_right_names_are_there(node: Node) -> None:
         assert all(node.linked(by_name[name]) for name in node.names())
         for name in list(node.names())[:300]:
             (node.cache / name).unlink()
-    assert node.run("-q").returncode == 0
+    assert node.process("-q").returncode == 0
     assert all(node.linked(image) for image in images)
     assert all(os.getxattr(node.entry(image), MARK) == image.encode() for image in images)
 
@@ -492,7 +492,7 @@ def test_an_owner_of_the_options_owns_the_link(node: Node) -> None:
     """--owner takes numbers, and without a group the user's own."""
     image = node.cloud.image("image", DATA)
     if OWNER[0] != os.getuid():
-        assert node.run("--owner", "root").returncode == 0
+        assert node.process("--owner", "root").returncode == 0
         assert node.entry(image).stat().st_uid == 0
-    assert node.run("--owner", f"{OWNER[0]}:{OWNER[1]}").returncode == 0
+    assert node.process("--owner", f"{OWNER[0]}:{OWNER[1]}").returncode == 0
     assert node.linked(image)

@@ -208,7 +208,9 @@ def test_passes_good_bad_and_none_as_the_command_tells_them(node: Node, file: Pa
 def test_a_file_that_cannot_be_written_is_told_beside(node: Node) -> None:
     """Neither a metrics file nor a log that cannot be written hides what the pass says, nor ends a repeated one."""
     image = node.cloud.image("image", DATA)
-    run = node.run("-q", "--every", "0.2", "--for", "1.5", "--metrics-file", "/proc/x.prom", "--log-file", "/dev/full")
+    run = node.process(
+        "-q", "--every", "0.2", "--for", "1.5", "--metrics-file", "/proc/x.prom", "--log-file", "/dev/full"
+    )
     assert run.returncode == 2
     told = sorted(line.partition(": ")[2].partition(": ")[0] for line in run.stderr.splitlines())
     assert told == ["--log-file /dev/full", "--metrics-file /proc/x.prom"], run.stderr

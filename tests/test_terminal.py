@@ -85,7 +85,7 @@ def test_outcomes_have_colours_unless_somebody_minds(
     output, _ = on_terminal(node, "--dry-run", **variables)
     assert bool(re.search(r"\x1b\[32m(\x1b\[22m)?linked", output)) is coloured
     assert bool(COLOUR.search(output)) is coloured
-    assert not COLOUR.search(node.run("--dry-run").stdout)
+    assert not COLOUR.search(node.process("--dry-run").stdout)
 
 
 @pytest.mark.parametrize(("count", "shown"), [(250, True), (50, False)])

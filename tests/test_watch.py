@@ -331,7 +331,7 @@ def test_two_runs_at_once_do_the_work_once(node: Node) -> None:
 def test_a_run_that_never_comes_to_a_pass_ends_with_75(node: Node) -> None:
     """One that could make none in its whole time says so once; one that made a pass before or after does not."""
     with locked(node):
-        run = node.run("--every", "0.2", "--for", "0.5")
+        run = node.process("--every", "0.2", "--for", "0.5")
     assert (run.returncode, run.stdout, len(run.stderr.splitlines())) == (75, "", 1)
     assert "another run holds the lock" in run.stderr
     with running(node, "--every", "0.2", "--for", "1") as met:

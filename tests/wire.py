@@ -6,10 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from cloud import PASSWORD
-from conftest import COMMAND, Node
+from conftest import Node
 from faulty import Variables
-
-HANG_SECONDS = 60
 
 
 def run(
@@ -17,14 +15,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command at its most talkative: it must end, and no secret may be in anything that it says."""
     log, environment = node.cache.with_suffix(".log"), node.environment(**variables)
-    ended = subprocess.run(
-        [COMMAND, "-v", "--log-file", log, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-        check=False,
-    )
+    ended = node.run("-v", "--log-file", str(log), *arguments, **variables)
     said = ended.stdout + ended.stderr + (log.read_text() if log.exists() else "")
     known = {PASSWORD, *secrets}
     known |= {
