@@ -52,6 +52,8 @@ class Passes:
         self._entries: Mapping[str, File] = {}
         self._judged: dict[str, tuple[File, float, Result]] = {}
         self._told: dict[str, Verdict] = {}
+        self._repaired: set[str] = set()
+        self._again = ""
         self._directory: tuple[object, ...] = ()
         self._held: Mapping[str, tuple[int, int]] = {}
 
@@ -232,6 +234,11 @@ class Passes:
 
     def _tell(self, results: Iterable[Result], told: Mapping[str, Verdict]) -> None:
         """Logs what wants somebody to look, once for as long as it stands; the report has it in each pass."""
+        repaired = {result.cache_name for result in results if result.verdict.outcome is Outcome.REPAIRED}
+        if not self._again and (again := min(repaired & self._repaired, default="")):
+            self._again = again
+            LOG.warning("%s is repaired again: libvirt changes it where --owner is not QEMU's user and group", again)
+        self._repaired |= repaired
         for result in results:
             _, name, verdict = result
             if verdict.outcome in FAULTS | _ODD:

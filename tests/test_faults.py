@@ -181,6 +181,21 @@ def test_an_id_that_was_made_again_fails_with_the_mend(node: Node) -> None:
 
 
 @needs_root
+def test_a_link_that_is_repaired_again_and_again_is_told_once(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    """A process says once that something takes the owner away, whatever is repaired after that."""
+    images = [node.cloud.image(str(number), DATA) for number in range(2)]
+    passes, warned = passes_of(node, every=1.0), []
+    for _ in range(5):
+        passes.whole()
+        for image in images:
+            os.chown(node.images / image, 12345, 12345)
+        warned.append(sum("is repaired again" in record.getMessage() for record in caplog.records))
+    assert warned == [0, 0, 1, 1, 1]
+    passes_of(node).whole()
+    assert node.linked(images[0])
+
+
+@needs_root
 def test_another_owner_of_the_directory_is_told_when_it_changes(node: Node, caplog: pytest.LogCaptureFixture) -> None:
     """At -v the owner of the cache directory is told once, and again when somebody has changed it."""
     caplog.set_level(logging.DEBUG, "ln_images")
