@@ -32,6 +32,7 @@ from ln_images.keystone import Connection
 from ln_images.model import DISK_FORMATS, Base, File, Image, Options, Outcome, Server, Verdict
 from ln_images.plan import cache_name, look
 from ln_images.prune import Evidence, age, clean_up, judge, needed, restless
+from test_faults import formatted
 from test_instances import qemu_img
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
@@ -101,6 +102,13 @@ def test_a_server_needs_what_it_was_built_from_though_the_id_is_uploaded_anew() 
     """Who has the earlier content goes before who is about to bring another."""
     known = evidence(images=[Image(ID, status="saving")], servers=[server(uses={ID})])
     assert judge(RETIRED, known).outcome is Outcome.RESTORED
+
+
+def test_what_needs_a_base_goes_before_a_new_upload_under_its_id() -> None:
+    """A disk or a client has the earlier content: it is restored, so that the upload cannot take its name."""
+    for known in ({"disks": Disks({NAME: "/i/s1/disk"})}, {"opened": frozenset({11})}):
+        uploaded = evidence(images=[Image(ID, status="saving")], **known)
+        assert judge(RETIRED, uploaded).outcome is Outcome.RESTORED
 
 
 @pytest.mark.parametrize(
@@ -278,6 +286,20 @@ def test_a_crash_between_two_names_is_mended(place: Path, retire: bool) -> None:
         assert {key: base.image_id for key, base in bases.items()} == {(NAME, False): ID, (NAME, True): ID}
         assert disk.move(bases[NAME, not retire], retired=retire) is None
         assert list((place / "cache").iterdir()) == [retired if retire else entry]
+
+
+def test_a_base_is_not_restored_under_a_download(place: Path) -> None:
+    """Nova would replace it when the download ends; a leftover of one is no hindrance once it has rested."""
+    entry = base_in(place / "cache")
+    retired, part = (entry.with_name(NAME + suffix) for suffix in (".retired", ".part"))
+    entry.rename(retired)
+    part.touch()
+    with Disk(str(place / "images"), str(place / "cache")) as disk:
+        base = bases_of(disk, place)[NAME, True]
+        assert disk.move(base, retired=False) == Verdict(Outcome.KEPT, "Nova is downloading it")
+        assert (entry.exists(), retired.exists()) == (False, True)
+        part.unlink()
+        assert disk.move(base, retired=False) is None
 
 
 MOVES = """
@@ -773,6 +795,25 @@ def test_the_wrong_cloud_is_told_and_nothing_touched(node: Node) -> None:
         assert (run.returncode, "another cloud's" in run.stderr) == (2, True)
         assert {path: path.stat() for path in node.cache.iterdir()} == before
     assert node.entry(gone).exists()
+
+
+@needs_root
+def test_a_base_that_cannot_be_looked_at_is_a_doubt(node: Node, nova: Compute, tmp_path: Path) -> None:
+    """On a damaged ext4 the base that a server names is told of by itself, and the rest of the clean-up is made."""
+    image, lost = node.cloud.image("image", DATA), str(uuid.uuid4())
+    with formatted(tmp_path, "mkfs.ext4", "-q") as at:
+        shutil.copyfile(node.images / image, at / "images" / image)
+        base_in(at / "cache", ID, DATA)
+        base_in(at / "cache", lost, DATA)
+        subprocess.run(["umount", at], check=True)
+        clear = ["debugfs", "-w", "-R", f"clri /cache/{cache_name(lost)}", str(tmp_path / "device")]
+        subprocess.run(clear, check=True, capture_output=True)
+        subprocess.run(["mount", "-o", "loop", tmp_path / "device", at], check=True)
+        nova.servers = [a_server(S1, lost)]
+        directories = {"LN_IMAGES_IMAGES_DIR": f"{at}/images", "LN_IMAGES_CACHE_DIR": f"{at}/cache"}
+        found = prune(node, status=1, **directories)
+    assert found[cache_name(lost)] == ("failed", "Structure needs cleaning")
+    assert (found[ID][0], found[ID][1].startswith(f"server {S1} names image {lost}")) == ("kept", True)
 
 
 def test_what_glance_has_is_restored_also_while_nova_cannot_be_asked(node: Node, nova: Compute) -> None:
