@@ -230,7 +230,7 @@ def _misnamed(servers: Iterable[Server], proof: bool, known: Iterable[str], disk
             snapshot_of = [disk.server_of(name) for name in named]
         except OSError:
             # What cannot be looked at is a result of its own.
-            named = snapshot_of = []
+            named, snapshot_of = [], []
         if not named:
             return f"server {server.id} names image {server.image}, which neither Glance nor the cache has, {may_use}"
         if server.id in snapshot_of:
