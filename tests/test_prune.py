@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -542,6 +543,7 @@ class World:
         self.damaged: set[str] = set()
         self.open: set[str] = set()
         self.inodes = {one: base_in(place / "cache", one, b"", one == self.MARKED).stat().st_ino for one in self.IMAGES}
+        self.disk.changed = dict.fromkeys(self.inodes.values(), 0.0)
         session = Session(auth=Token(nova.url, "token"))
         self.connection = Connection(session, None, None, 10)
 
@@ -915,6 +917,48 @@ def test_while_nova_is_asked_other_runs_link(node: Node, nova: Compute) -> None:
             assert node.entry(gone).exists()
         finally:
             pruning.kill()
+
+
+class Gate(list[dict[str, Any]]):
+    """Servers that Nova tells of only when it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = threading.Event()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.open.wait(60)
+        return super().__iter__()
+
+
+def test_two_clean_ups_at_once_do_all_once(node: Node, nova: Compute) -> None:
+    """Both have judged the same before either acts: each base is retired, restored or removed by one of them."""
+    node.cloud.image("image", DATA)
+    assert node.run().returncode == 0
+    needs, goes, ends = ([make(node) for _ in range(20)] for make in (retired, orphan, retired))
+    gate = Gate()
+    gate.extend(a_server(f"s{n}", image) for n, image in enumerate(needs))
+    nova.servers, nova.max_limit = gate, 1000
+    command = [str(COMMAND), "--prune", "--prune-after", "0s", "--format", "json"]
+    runs = []
+    try:
+        for number in (1, 2):
+            runs.append(subprocess.Popen(command, env=node.environment(), stdout=subprocess.PIPE))
+            # Only the pass before it needs the lock for the whole of its time.
+            wait_until(lambda number=number: len(nova.asked) == number, "a question to Nova")
+        gate.open.set()
+        documents = [json.loads(run.communicate(timeout=60)[0]) for run in runs]
+    finally:
+        gate.open.set()
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0, 0]
+    told = [{one["id"]: one["outcome"] for one in document["images"]} for document in documents]
+    for images, outcome in ((needs, "restored"), (goes, "retired"), (ends, "pruned")):
+        for image in images:
+            assert sorted(one[image] for one in told) == sorted(["kept", outcome])
+    left = {node.entry(image).name for image in needs} | {set_aside(node, image).name for image in goes}
+    assert node.names() - left == {node.entry(path.name).name for path in node.images.iterdir()}
 
 
 def test_the_credential_of_the_guide_suffices(node: Node, nova: Compute) -> None:
