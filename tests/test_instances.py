@@ -164,17 +164,20 @@ def test_a_server_that_was_just_started_is_waited_for(tmp_path: Path, state: dic
         open_inodes(str(nfs_server(tmp_path, **state)))
 
 
-def test_a_grace_period_that_ends_while_clients_are_read_is_noticed(tmp_path: Path) -> None:
-    """What was read of the first of them was read before it had said what it has open."""
-    states = nfs_server(tmp_path, grace_ended="N") / "clients" / "3" / "states"
+@pytest.mark.parametrize(("before", "after"), [("N", "Y"), ("Y", "N")])
+def test_a_grace_period_that_ends_or_begins_while_clients_are_read_is_noticed(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    """What was read of some of them was read before they had said what they have open."""
+    states = nfs_server(tmp_path, grace_ended=before) / "clients" / "3" / "states"
     states.unlink()
     os.mkfifo(states)
 
-    def end_grace() -> None:
+    def change() -> None:
         with contextlib.suppress(BrokenPipeError), states.open("w"):
-            (tmp_path / "v4_end_grace").write_text("Y\n")
+            (tmp_path / "v4_end_grace").write_text(f"{after}\n")
 
-    thread = threading.Thread(target=end_grace)
+    thread = threading.Thread(target=change)
     thread.start()
     try:
         with pytest.raises(TemporaryError, match="is stopped or was just started"):
