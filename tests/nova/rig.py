@@ -109,7 +109,15 @@ send_service_user_token = False
 [neutron]
 {auth}
 """
-LIBVIRTD_CONF = 'unix_sock_group = "libvirt"\nauth_unix_ro = "none"\nauth_unix_rw = "none"\n'
+# A build under load must not wait for another's answer, nor the connection be given up for one that comes late.
+LIBVIRTD_CONF = """
+unix_sock_group = "libvirt"
+auth_unix_ro = "none"
+auth_unix_rw = "none"
+max_client_requests = 100
+max_workers = 40
+keepalive_interval = -1
+"""
 QEMU_CONF = 'security_driver = "none"\nnamespaces = []\ncgroup_controllers = []\n'
 
 
