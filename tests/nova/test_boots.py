@@ -78,8 +78,9 @@ def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, q
     rig.ln_images()
     server = rig.boot(image)
     rig.entry(image).unlink()
-    with pytest.raises(RuntimeError, match="Image is not in qcow2 format"):
-        rig.act(server, "reboot", "ACTIVE", {"type": "HARD"})
+    fails(rig, server, "reboot", {"type": "HARD"})
+    assert rig.server(server)["status"] == "ERROR"
+    assert "Image is not in qcow2 format" in rig.server(server)["fault"]["details"]
     assert rig.served(image) == qcow2.size
     said = next(each for each in rig.ln_images()["images"] if each["id"] == image)
     assert said["outcome"] == "occupied"
