@@ -348,7 +348,7 @@ class Rig:
         for server in servers:
             wait_until(lambda server=server: self._gone(server), f"the end of {server}", 120)
 
-    def proof(self, server: str, node: Node | None = None, line: str = "guest: md5 ", seconds: float = 120) -> str:
+    def proof(self, server: str, node: Node | None = None, line: str = "guest: md5 ", seconds: float = 600) -> str:
         """Waits until the guest has printed a line that begins so, and returns what follows."""
         where = node or self.node
 
