@@ -52,11 +52,13 @@ test-knfs: $(VENV)/installed $(CLOUD)/installed
 	@PYTHONPATH=tests $(VENV)/bin/python tests/heavy/knfs.py
 
 # A whole Nova that boots servers, below tests/nova: as root, and not part of `make test`, since they take their time.
-# ROUNDS and SIZES (in MiB) make `make boot` shorter; TESTS, as in pytest's -k, `make test-nova`.
+# ROUNDS, SIZES (in MiB), FORMATS (raw,qcow2) and RACERS make `make boot` shorter;
+# TESTS, as in pytest's -k, `make test-nova`.
 INSIDE = PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/tests/nova $(VENV)/bin/python tests/nova/inside.py $(VENV)/bin/python
 
 boot: $(VENV)/installed $(CLOUD)/installed $(NOVA)/installed
-	@$(INSIDE) tests/nova/boot.py $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SIZES),--sizes $(SIZES))
+	@$(INSIDE) tests/nova/boot.py $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SIZES),--sizes $(SIZES)) $(if $(FORMATS),--formats $(FORMATS)) \
+		$(if $(RACERS),--racers $(RACERS))
 
 test-nova: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed $(NOVA)/installed
 	@$(INSIDE) -m pytest tests/nova --override-ini=norecursedirs= -p rig_fixtures -p no:cacheprovider -v $(if $(TESTS),-k "$(TESTS)")

@@ -177,6 +177,9 @@ class Disk:
         try:
             if self.entry(old) != base.file:
                 return Verdict(Outcome.KEPT, "it has changed since it was looked at")
+            if not retired and self._is_downloaded(new):
+                # The download would replace it.
+                return Verdict(Outcome.KEPT, "Nova is downloading it")
             self._rename(old, new)
         except FileExistsError:
             return Verdict(Outcome.KEPT, f"another file has the name {new}: keep the one that servers need")

@@ -54,7 +54,7 @@ def _read_directory(directory: str, disks: Disks, errors: list[OSError]) -> bool
     seen = False
     for number, (path, servers, files, descriptor) in enumerate(os.fwalk(directory, onerror=errors.append)):
         if number == 0:
-            for name in servers:
+            for name in (*servers, *files):
                 if _is_link(descriptor, name):
                     disks.doubt = f"what {path}/{name} is backed by cannot be told"
             continue
@@ -85,8 +85,6 @@ def _read_disk(directory: int, path: str, name: str, disks: Disks) -> bool:
             with opened(name, directory) as descriptor:
                 names = re.findall(r"[0-9a-f]{40}", _backing_file(descriptor).decode("latin-1"))
             disks.backed |= dict.fromkeys(names, f"{path}/{name}")
-    except FileNotFoundError:
-        pass
     except (OSError, ValueError):
         return False
     return True
@@ -123,7 +121,10 @@ def open_inodes(server: str = _NFS_SERVER) -> frozenset[int]:
     found: set[int] = set()
     path = server
     try:
-        for client in os.listdir(f"{server}/clients"):
+        clients = os.listdir(f"{server}/clients")
+        # Before and after: a grace period may end, or begin, while the clients are read.
+        _refuse_grace(server)
+        for client in clients:
             try:
                 path = f"{server}/clients/{client}/states"
                 found.update(int(inode) for inode in _OPEN.findall(_text(path)))
@@ -131,17 +132,21 @@ def open_inodes(server: str = _NFS_SERVER) -> frozenset[int]:
                 # The client may have gone meanwhile: before the file was opened, or after (ENXIO).
                 if error.errno not in (errno.ENOENT, errno.ENXIO):
                     raise
-        path = f"{server}/v4_end_grace"
-        if _text(path) != "Y\n" or _text(f"{server}/threads") == "0\n":
-            raise TemporaryError(
-                "the NFS server here is stopped or was just started, and its clients have yet to say what they hold"
-                f" open: nothing is pruned until its grace period is over, or {server}, if it is not used, unmounted"
-            )
+        _refuse_grace(server)
     except FileNotFoundError:
         return frozenset()
     except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}: what NFS clients hold open cannot be told") from None
+        where = error.filename or path
+        raise ConfigurationError(f"{where}: {error.strerror}: what NFS clients hold open cannot be told") from None
     return frozenset(found)
+
+
+def _refuse_grace(server: str) -> None:
+    if _text(f"{server}/v4_end_grace") != "Y\n" or _text(f"{server}/threads") == "0\n":
+        raise TemporaryError(
+            "the NFS server here is stopped or was just started, and its clients have yet to say what they hold"
+            f" open: nothing is pruned until its grace period is over, or {server}, if it is not used, unmounted"
+        )
 
 
 def _text(path: str) -> str:

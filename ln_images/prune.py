@@ -75,15 +75,13 @@ def judge(base: Base, evidence: Evidence) -> Verdict:
 
 
 def _need(base: Base, evidence: Evidence) -> str:
-    """What needs a base, or nothing."""
-    for key in (base.name, base.image_id.lower()):
-        if key in evidence.needed:
-            return evidence.needed[key]
+    """What needs a base, or nothing. Who has its content goes before who is about to bring another."""
+    needs = [evidence.needed.get(key) for key in (base.name, base.image_id.lower())]
     if base.name in evidence.disks.backed:
-        return f"{evidence.disks.backed[base.name]} is backed by it"
+        needs.append(f"{evidence.disks.backed[base.name]} is backed by it")
     if base.file.inode in evidence.opened:
-        return "an NFS client has it open"
-    return ""
+        needs.append("an NFS client has it open")
+    return min((need for need in needs if need), key=lambda need: need == _COMING, default="")
 
 
 def needed(images: Iterable[Image], servers: Iterable[Server]) -> dict[str, str]:
@@ -226,10 +224,15 @@ def _misnamed(servers: Iterable[Server], proof: bool, known: Iterable[str], disk
         if server.image.lower() in here:
             continue
         names = [name + suffix for name in _names(server.image) for suffix in ("", ".retired")]
-        named = [name for name in names if (file := disk.entry(name)) and stat.S_ISREG(file.mode)]
         may_use = "and may use any base: give --instances-dir with its disk"
+        try:
+            named = [name for name in names if (file := disk.entry(name)) and stat.S_ISREG(file.mode)]
+            snapshot_of = [disk.server_of(name) for name in named]
+        except OSError:
+            # What cannot be looked at is a result of its own.
+            named, snapshot_of = [], []
         if not named:
             return f"server {server.id} names image {server.image}, which neither Glance nor the cache has, {may_use}"
-        if server.id in [disk.server_of(name) for name in named]:
+        if server.id in snapshot_of:
             return f"server {server.id} names its own snapshot {server.image}, which Glance no longer has, {may_use}"
     return ""

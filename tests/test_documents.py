@@ -152,6 +152,15 @@ def test_the_line_that_reacts_links_under_a_real_cron(node: Node, tmp_path: Path
         cron.wait()
 
 
+def test_the_units_of_the_guide_tell_what_fails_and_stop_without_failing() -> None:
+    """Each service of the guide says its errors in the journal, and one that is stopped by a signal has not failed."""
+    guide = (ROOT / "docs" / "production.md").read_text(encoding="utf-8")
+    services = [text for text in re.findall(r"```ini\n(.*?)```", guide, re.DOTALL) if "ExecStart=" in text]
+    assert len(services) == 2
+    for service in services:
+        assert {"StandardError=journal", "SuccessExitStatus=130"} <= set(service.splitlines())
+
+
 PAGES = [ROOT / name for name in ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 
 

@@ -378,7 +378,8 @@ MAGIC = (
     b"LUKS\xba\xbe",
     b"# Disk DescriptorFile\nversion=1\n",
 )
-MUTATIONS, AT_MOST_SECONDS = 3000, 60
+# So many files are made; after a minute it is enough, if so many were accepted and QEMU was asked about them.
+MUTATIONS, AT_MOST_SECONDS, AT_LEAST_ASKED = 3000, 60, 300
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
@@ -422,9 +423,9 @@ def test_what_is_accepted_qemu_takes_for_the_same(heads: Path) -> None:
             assert seen["format"] == ("qcow2" if said == "qcow2" else "raw"), (number, kind)
             assert not {"backing-filename", "full-backing-filename"} & set(seen), (number, kind)
             assert "data-file" not in json.dumps(seen.get("format-specific")), (number, kind)
-        if time.monotonic() > until:
+        if time.monotonic() > until and asked >= AT_LEAST_ASKED:
             break
-    assert asked
+    assert asked >= AT_LEAST_ASKED
 
 
 def sha512(path: Path) -> tuple[str, int]:

@@ -1,6 +1,9 @@
 """What instance disks are backed by, and what NFS clients hold open: told, or a doubt."""
 
+import contextlib
+import os
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,7 @@ def test_whatever_way_a_disk_names_its_base_it_is_found(server: Path, name: str,
         pytest.param(lambda s1: (s1 / "disk.wild").write_bytes(HEADER + b"\xff" * 12), False, id="a wild header"),
         pytest.param(lambda s1: (s1 / "disk.link").symlink_to(s1 / "disk"), False, id="a symbolic link"),
         pytest.param(lambda s1: (s1.parent / "s2").symlink_to(s1), False, id="a linked server"),
+        pytest.param(lambda s1: (s1.parent / "s2").symlink_to("/not/mounted"), False, id="one linked to nothing"),
     ],
 )
 def test_what_a_disk_is_backed_by_is_told_or_named(server: Path, make: Callable[[Path], None], told: bool) -> None:
@@ -108,6 +112,27 @@ def test_the_disk_of_a_server_is_its_root_disk(server: Path) -> None:
     """What is left beside a root disk that is gone decides nothing for its server."""
     (server / "disk").unlink()
     assert read_disks([str(server.parent)]) == Disks()
+
+
+def test_a_disk_that_goes_away_decides_nothing(server: Path) -> None:
+    """One that is moved while it is read, as by a migration: its server is not one whose disk was seen."""
+    disk, away = server / "disk", server / "x"
+    moving = threading.Event()
+
+    def move() -> None:
+        while not moving.is_set():
+            disk.rename(away)
+            away.rename(disk)
+
+    thread = threading.Thread(target=move)
+    thread.start()
+    try:
+        for _ in range(500):
+            found = read_disks([str(server.parent)])
+            assert NAME in found.backed or SERVER not in found.servers
+    finally:
+        moving.set()
+        thread.join()
 
 
 def test_a_directory_that_goes_away_is_a_doubt(tmp_path: Path) -> None:
@@ -139,8 +164,35 @@ def test_a_server_that_was_just_started_is_waited_for(tmp_path: Path, state: dic
         open_inodes(str(nfs_server(tmp_path, **state)))
 
 
+@pytest.mark.parametrize(("before", "after"), [("N", "Y"), ("Y", "N")])
+def test_a_grace_period_that_ends_or_begins_while_clients_are_read_is_noticed(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    """What was read of some of them was read before they had said what they have open."""
+    states = nfs_server(tmp_path, grace_ended=before) / "clients" / "3" / "states"
+    states.unlink()
+    os.mkfifo(states)
+
+    def change() -> None:
+        with contextlib.suppress(BrokenPipeError), states.open("w"):
+            (tmp_path / "v4_end_grace").write_text(f"{after}\n")
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        with pytest.raises(TemporaryError, match="is stopped or was just started"):
+            open_inodes(str(tmp_path))
+    finally:
+        # For a thread that nobody has answered.
+        reader = os.open(states, os.O_RDONLY | os.O_NONBLOCK)
+        thread.join()
+        os.close(reader)
+
+
 def test_where_it_cannot_be_told_nothing_is(tmp_path: Path) -> None:
     """A list that cannot be read is an error, and not an empty one."""
-    (tmp_path / "clients" / "3" / "states").mkdir(parents=True)
+    states = nfs_server(tmp_path) / "clients" / "3" / "states"
+    states.unlink()
+    states.mkdir()
     with pytest.raises(ConfigurationError, match="3/states: Is a directory: what NFS clients hold open cannot be told"):
         open_inodes(str(tmp_path))

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import ln_images
 from cloud import ROOT
+from compute import Compute, Fault, server
 from conftest import REFERENCE, Node
 from ln_images.metrics import Textfile
 from ln_images.model import Audit, Image, Outcome, Pass, Result, Verdict
@@ -203,6 +204,30 @@ def test_passes_good_bad_and_none_as_the_command_tells_them(node: Node, file: Pa
         told = metrics(file)
         assert told["exit_status"] == 2
         assert told["last_success_timestamp_seconds"] == before["last_success_timestamp_seconds"]
+
+
+def test_a_clean_up_as_the_command_tells_it(node: Node, nova: Compute, file: Path) -> None:
+    """What one with --prune did stays until the next, whatever passes without say. One that fails counts."""
+    gone = [node.cloud.image(name, DATA) for name in ("gone", "too")]
+    assert node.run("-q").returncode == 0
+    for image in gone:
+        node.cloud.delete(image)
+    nova.servers = [server("s", gone[0])]
+    prune, path = ("-q", "--prune", "--prune-after", "0s"), ("--metrics-file", str(file))
+    assert node.run(*prune, *path).returncode == 0
+    before = {name: value for name, value in metrics(file).items() if name.startswith("prune_")}
+    assert [before[f"prune_{outcome}"] for outcome in ("restored", "retired", "pruned", "kept")] == [0, 1, 0, 1]
+    assert before["prune_last_success_timestamp_seconds"] == before["prune_last_pass_timestamp_seconds"] > 0
+    assert node.run("-q", *path).returncode == 0
+    told = metrics(file)
+    assert {name: told[name] for name in before} == before
+    assert (told["images kept"], told["held orphans"], told["held retired"]) == (0, 1, 1)
+    nova.faults = {"detail": Fault(503)}
+    assert node.run(*prune, *path).returncode == 75
+    told = metrics(file)
+    assert (told["prune_exit_status"], told["prune_kept"], told["exit_status"]) == (75, 2, 75)
+    assert told["prune_last_success_timestamp_seconds"] == before["prune_last_success_timestamp_seconds"]
+    assert told["prune_last_pass_timestamp_seconds"] > before["prune_last_pass_timestamp_seconds"]
 
 
 def test_a_file_that_cannot_be_written_is_told_beside(node: Node) -> None:

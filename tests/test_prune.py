@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from keystoneauth1.session import Session
 from keystoneauth1.token_endpoint import Token
@@ -32,6 +33,7 @@ from ln_images.keystone import Connection
 from ln_images.model import DISK_FORMATS, Base, File, Image, Options, Outcome, Server, Verdict
 from ln_images.plan import cache_name, look
 from ln_images.prune import Evidence, age, clean_up, judge, needed, restless
+from test_faults import formatted
 from test_instances import qemu_img
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
@@ -101,6 +103,13 @@ def test_a_server_needs_what_it_was_built_from_though_the_id_is_uploaded_anew() 
     """Who has the earlier content goes before who is about to bring another."""
     known = evidence(images=[Image(ID, status="saving")], servers=[server(uses={ID})])
     assert judge(RETIRED, known).outcome is Outcome.RESTORED
+
+
+def test_what_needs_a_base_goes_before_a_new_upload_under_its_id() -> None:
+    """A disk or a client has the earlier content: it is restored, so that the upload cannot take its name."""
+    for known in ({"disks": Disks({NAME: "/i/s1/disk"})}, {"opened": frozenset({11})}):
+        uploaded = evidence(images=[Image(ID, status="saving")], **known)
+        assert judge(RETIRED, uploaded).outcome is Outcome.RESTORED
 
 
 @pytest.mark.parametrize(
@@ -278,6 +287,20 @@ def test_a_crash_between_two_names_is_mended(place: Path, retire: bool) -> None:
         assert {key: base.image_id for key, base in bases.items()} == {(NAME, False): ID, (NAME, True): ID}
         assert disk.move(bases[NAME, not retire], retired=retire) is None
         assert list((place / "cache").iterdir()) == [retired if retire else entry]
+
+
+def test_a_base_is_not_restored_under_a_download(place: Path) -> None:
+    """Nova would replace it when the download ends; a leftover of one is no hindrance once it has rested."""
+    entry = base_in(place / "cache")
+    retired, part = (entry.with_name(NAME + suffix) for suffix in (".retired", ".part"))
+    entry.rename(retired)
+    part.touch()
+    with Disk(str(place / "images"), str(place / "cache")) as disk:
+        base = bases_of(disk, place)[NAME, True]
+        assert disk.move(base, retired=False) == Verdict(Outcome.KEPT, "Nova is downloading it")
+        assert (entry.exists(), retired.exists()) == (False, True)
+        part.unlink()
+        assert disk.move(base, retired=False) is None
 
 
 MOVES = """
@@ -502,7 +525,9 @@ class Clocked(Disk):
 class World:
     """A cloud in which anything happens, and what in it needs which base; the clean-up knows nothing of this."""
 
-    IMAGES = (ID, "b0000000-0000-4000-8000-00000000000b".upper(), OTHER)
+    # Linked here, and in no case that Nova would try; and two that Nova fetched.
+    MARKED = ID[:8].upper() + ID[8:]
+    IMAGES = (MARKED, "b0000000-0000-4000-8000-00000000000b".upper(), OTHER)
     SERVERS = (S1, S2)
 
     def __init__(self, place: Path, nova: Compute, headers: Callable[[str], bytes]) -> None:
@@ -515,9 +540,10 @@ class World:
         self.glance: dict[str, str] = {}
         self.servers: dict[str, dict[str, Any]] = {}
         self.disks: dict[str, str] = {}
+        self.damaged: set[str] = set()
         self.open: set[str] = set()
-        # The last one was fetched by Nova.
-        self.inodes = {one: base_in(place / "cache", one, b"", one != OTHER).stat().st_ino for one in self.IMAGES}
+        self.inodes = {one: base_in(place / "cache", one, b"", one == self.MARKED).stat().st_ino for one in self.IMAGES}
+        self.disk.changed = dict.fromkeys(self.inodes.values(), 0.0)
         session = Session(auth=Token(nova.url, "token"))
         self.connection = Connection(session, None, None, 10)
 
@@ -534,17 +560,23 @@ class World:
         elif what == "Nova touches a base":
             self.disk.changed[self.inodes[image]] = self.disk.now
         elif what == "an image comes":
-            self.glance[image] = "active" if number < 1 else "saving"
+            self.glance[image] = ("active", "saving", "unlisted", "unlisted")[int(number)]
         elif what == "an image goes":
             self.glance.pop(image, None)
         elif what == "a server comes":
             status = "ACTIVE" if number < 2.5 else "RESCUE"
-            self.servers[server_id] = a_server(server_id, image.lower() if number < 1 else image, status)
+            spelling = (image.lower(), image.upper(), image, image)[int(number)]
+            self.servers[server_id] = a_server(server_id, spelling, status)
         elif what == "a server goes":
             self.servers.pop(server_id, None)
         elif what == "a disk comes":
+            self.damaged.discard(server_id)
             self.disks[server_id] = image
+        elif what == "a disk is damaged":
+            self.disks.pop(server_id, None)
+            self.damaged.add(server_id)
         elif what == "a disk goes":
+            self.damaged.discard(server_id)
             self.disks.pop(server_id, None)
         elif what == "a client opens a base":
             self.open.add(image)
@@ -554,12 +586,16 @@ class World:
     def needs(self, image: str) -> bool:
         """Whether anything needs the content that the base of an image has."""
         named = {one["image"]["id"].lower() for one in self.servers.values()}
-        there = self.glance.get(image) == "active"
+        there = self.is_known(image) and self.glance[image] != "saving"
         return there or image.lower() in named or image in self.open or image in self.disks.values()
+
+    def is_known(self, image: str) -> bool:
+        """Whether Glance can tell of an image; one that is in no listing only by its id."""
+        return image in self.glance and (self.glance[image] != "unlisted" or image == self.MARKED)
 
     def restless(self) -> bool:
         """Whether a server may use any base."""
-        return any(one["status"] == "RESCUE" for one in self.servers.values())
+        return bool(self.damaged) or any(one["status"] == "RESCUE" for one in self.servers.values())
 
     def where(self, image: str) -> tuple[bool, bool]:
         """Whether the base of an image has its name, and whether it is retired; always the same inode."""
@@ -577,6 +613,9 @@ class World:
             if server_id in self.disks:
                 (instances / server_id).mkdir()
                 (instances / server_id / "disk").write_bytes(self.headers(self.disks[server_id]))
+            elif server_id in self.damaged:
+                (instances / server_id).mkdir()
+                (instances / server_id / "disk").write_bytes(b"QFI\xfb")
         lines = (f'{{ type: open, superblock: "fe:00:{self.inodes[image]}" }}\n' for image in self.open)
         (self.place / "nfsd" / "clients" / "1" / "states").write_text("".join(lines))
         given = options(self.place, prune_after=DAY, prune_unmarked=True, instances_dirs=(str(instances),))
@@ -586,7 +625,7 @@ class World:
             for base in found
             if (file := self.disk.entry(base.name + ".retired" * base.retired)) is not None
         ]
-        images = [Image(image_id, status=status) for image_id, status in self.glance.items()]
+        images = [Image(image_id, status=status) for image_id, status in self.glance.items() if status != "unlisted"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ln_images.prune.open_inodes", lambda: open_inodes(str(self.place / "nfsd")))
             glance: Any = self
@@ -612,12 +651,36 @@ WHAT: tuple[str, ...] = (
     "an image comes",
     "an image goes",
 )
-WHAT += ("a server comes", "a server goes", "a disk comes", "a disk goes", "a client opens a base", "it closes it")
+WHAT += ("a server comes", "a server goes", "a disk comes", "a disk is damaged", "a disk goes")
+WHAT += ("a client opens a base", "it closes it")
 events = st.tuples(
     st.sampled_from(WHAT), st.sampled_from(World.IMAGES), st.sampled_from(World.SERVERS), st.floats(0, 3)
 )
+MARKED, UPPER, LOWER = World.IMAGES
+# Each of these shows by itself that one kind of evidence counts, whatever the others do; in an empty round all go.
+ALONE: tuple[list[list[tuple[Any, ...]]], ...] = (
+    [[("a client opens a base", MARKED, S1, 0.0)]],
+    [[("a disk comes", MARKED, S1, 0.0)]],
+    [[("a server comes", LOWER, S1, 2.8)]],
+    [[("a disk is damaged", MARKED, S1, 0.0)]],
+    [[("an image comes", MARKED, S1, 2.0)]],
+    *([[], [("a server comes", *spelt)]] for spelt in ((MARKED, S1, 0.0), (MARKED, S1, 1.0))),
+    *([[], [("a server comes", *spelt)]] for spelt in ((UPPER, S1, 0.0), (LOWER, S1, 1.0))),
+    [[], [("the clock is set back", MARKED, S1, 0.5), ("a disk comes", MARKED, S1, 0.0)]],
+    [[], [("an image comes", MARKED, S1, 1.0), ("a disk comes", MARKED, S1, 0.0)]],
+    [[], [("an image comes", MARKED, S1, 1.0), ("a client opens a base", MARKED, S1, 0.0)]],
+    [[], [("the clock is set back", MARKED, S1, 3.0)], [], []],
+)
 
 
+def with_each_alone(test: Callable[..., None]) -> Callable[..., None]:
+    """The test with these among its examples."""
+    for rounds in ALONE:
+        test = example(rounds=rounds)(test)
+    return test
+
+
+@with_each_alone
 @settings(max_examples=40)
 @given(rounds=st.lists(st.lists(events, max_size=3), min_size=1, max_size=12))
 def test_whatever_happens_a_base_that_is_needed_is_there(
@@ -644,7 +707,7 @@ def test_whatever_happens_a_base_that_is_needed_is_there(
                         continue
                     if world.needs(image):
                         assert after == (True, False)
-                    elif world.restless() or image in world.glance:
+                    elif world.restless() or world.is_known(image):
                         assert after == (named, retired)
                     elif named and after != (True, False):
                         assert after == (False, True)
@@ -775,6 +838,25 @@ def test_the_wrong_cloud_is_told_and_nothing_touched(node: Node) -> None:
     assert node.entry(gone).exists()
 
 
+@needs_root
+def test_a_base_that_cannot_be_looked_at_is_a_doubt(node: Node, nova: Compute, tmp_path: Path) -> None:
+    """On a damaged ext4 the base that a server names is told of by itself, and the rest of the clean-up is made."""
+    image, lost = node.cloud.image("image", DATA), str(uuid.uuid4())
+    with formatted(tmp_path, "mkfs.ext4", "-q") as at:
+        shutil.copyfile(node.images / image, at / "images" / image)
+        base_in(at / "cache", ID, DATA)
+        base_in(at / "cache", lost, DATA)
+        subprocess.run(["umount", at], check=True)
+        clear = ["debugfs", "-w", "-R", f"clri /cache/{cache_name(lost)}", str(tmp_path / "device")]
+        subprocess.run(clear, check=True, capture_output=True)
+        subprocess.run(["mount", "-o", "loop", tmp_path / "device", at], check=True)
+        nova.servers = [a_server(S1, lost)]
+        directories = {"LN_IMAGES_IMAGES_DIR": f"{at}/images", "LN_IMAGES_CACHE_DIR": f"{at}/cache"}
+        found = prune(node, status=1, **directories)
+    assert found[cache_name(lost)] == ("failed", "Structure needs cleaning")
+    assert (found[ID][0], found[ID][1].startswith(f"server {S1} names image {lost}")) == ("kept", True)
+
+
 def test_what_glance_has_is_restored_also_while_nova_cannot_be_asked(node: Node, nova: Compute) -> None:
     """A fault keeps what might go, and holds nothing back that is needed."""
     gone, back, here = retired(node), node.cloud.image("back", DATA), node.cloud.image("here", DATA)
@@ -835,6 +917,48 @@ def test_while_nova_is_asked_other_runs_link(node: Node, nova: Compute) -> None:
             assert node.entry(gone).exists()
         finally:
             pruning.kill()
+
+
+class Gate(list[dict[str, Any]]):
+    """Servers that Nova tells of only when it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = threading.Event()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.open.wait(60)
+        return super().__iter__()
+
+
+def test_two_clean_ups_at_once_do_all_once(node: Node, nova: Compute) -> None:
+    """Both have judged the same before either acts: each base is retired, restored or removed by one of them."""
+    node.cloud.image("image", DATA)
+    assert node.run().returncode == 0
+    needs, goes, ends = ([make(node) for _ in range(20)] for make in (retired, orphan, retired))
+    gate = Gate()
+    gate.extend(a_server(f"s{n}", image) for n, image in enumerate(needs))
+    nova.servers, nova.max_limit = gate, 1000
+    command = [str(COMMAND), "--prune", "--prune-after", "0s", "--format", "json"]
+    runs = []
+    try:
+        for number in (1, 2):
+            runs.append(subprocess.Popen(command, env=node.environment(), stdout=subprocess.PIPE))
+            # Only the pass before it needs the lock for the whole of its time.
+            wait_until(lambda number=number: len(nova.asked) == number, "a question to Nova")
+        gate.open.set()
+        documents = [json.loads(run.communicate(timeout=60)[0]) for run in runs]
+    finally:
+        gate.open.set()
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0, 0]
+    told = [{one["id"]: one["outcome"] for one in document["images"]} for document in documents]
+    for images, outcome in ((needs, "restored"), (goes, "retired"), (ends, "pruned")):
+        for image in images:
+            assert sorted(one[image] for one in told) == sorted(["kept", outcome])
+    left = {node.entry(image).name for image in needs} | {set_aside(node, image).name for image in goes}
+    assert node.names() - left == {node.entry(path.name).name for path in node.images.iterdir()}
 
 
 def test_the_credential_of_the_guide_suffices(node: Node, nova: Compute) -> None:

@@ -24,7 +24,6 @@ DOWNLOADED, LINKED, SECOND, CACHED = "Nova downloads", "linked before", "second 
 PRECACHING = "pre-caching itself"
 FORMATS = ("raw", "qcow2")
 PICTURE = ROOT / "docs" / "first-boot.svg"
-RACERS = 20
 GIB = 1024
 
 NOTES = """
@@ -53,24 +52,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", default="1024,4096,8192", help="in MiB")
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--racers", type=int, default=20)
     options = parser.parse_args()
+    formats = options.formats.split(",")
     sizes = [int(size) for size in options.sizes.split(",")]
     figures: Figures = defaultdict(list)
     say("starting the cloud and a compute node")
     with Rig(Path(os.environ["RIG_DIRECTORY"])) as rig:
-        lab = Lab(rig, figures)
-        fetched = lab.race()
+        lab = Lab(rig, figures, formats)
+        fetched = lab.race(options.racers)
         for size in sizes:
             lab.compare(size, options.rounds)
-    print_tables(figures, sizes, fetched)
+    print_tables(figures, sizes, formats)
+    print(f"\nOf {options.racers} servers created the instant their image was active, {fetched} fetched it.\n{NOTES}")
     draw(figures, sizes)
 
 
 class Lab:
     """The rig, and what was measured on it."""
 
-    def __init__(self, rig: Rig, figures: Figures) -> None:
-        self._rig, self._figures = rig, figures
+    def __init__(self, rig: Rig, figures: Figures, formats: Sequence[str]) -> None:
+        self._rig, self._figures, self._formats = rig, figures, formats
         aggregate = rig.compute.post("/os-aggregates", json={"aggregate": {"name": "all"}}).json()["aggregate"]
         self._aggregate = f"/os-aggregates/{aggregate['id']}"
         rig.compute.post(f"{self._aggregate}/action", json={"add_host": {"host": rig.node.name}})
@@ -80,24 +83,25 @@ class Lab:
         say(f"{size} MiB: making the images")
         images, proof = self._images(size)
         for number in range(rounds):
-            ways = [(disk_format, way) for way in (DOWNLOADED, LINKED, CACHED) for disk_format in FORMATS]
-            first = number * 2 % len(ways)
+            ways = [(disk_format, way) for way in (DOWNLOADED, LINKED, CACHED) for disk_format in self._formats]
+            first = number * len(self._formats) % len(ways)
             for disk_format, way in ways[first:] + ways[:first]:
                 say(f"{size} MiB, round {number + 1} of {rounds}: {disk_format}, {way}")
                 for name, boot in self._boots(way, images[disk_format], proof):
                     self._figures[size, disk_format, name].append(boot)
         for image in images.values():
             self._rig.cloud.delete(image)
+            self._rig.entry(image).unlink(missing_ok=True)
 
-    def race(self) -> int:
+    def race(self, racers: int) -> int:
         """Servers created the instant their image is active, under ``--every 10``: how many images were fetched."""
-        say(f"the race: {RACERS} servers of {RACERS} images, each created when its image is active")
+        say(f"the race: {racers} servers of {racers} images, each created when its image is active")
         path = self._rig.directory / "racer.raw"
         guest.make(path, 64 * guest.MIB)
         servers = []
         images = []
         with watching(self._rig):
-            for number in range(RACERS):
+            for number in range(racers):
                 images.append(self._rig.image(f"racer-{number}", path))
                 servers.append(self._rig.boot(images[-1], wait=False))
             for server in servers:
@@ -108,11 +112,14 @@ class Lab:
     def _images(self, size: int) -> tuple[dict[str, str], str]:
         raw, qcow2 = (self._rig.directory / f"disk.{disk_format}" for disk_format in FORMATS)
         proof = guest.make(raw, size * guest.MIB)
-        images = {"raw": self._rig.image(f"raw-{size}", raw)}
-        guest.qcow2(raw, qcow2)
+        images = {}
+        if "raw" in self._formats:
+            images["raw"] = self._rig.image(f"raw-{size}", raw)
+        if "qcow2" in self._formats:
+            guest.qcow2(raw, qcow2)
+            images["qcow2"] = self._rig.image(f"qcow2-{size}", qcow2, "qcow2")
+            qcow2.unlink()
         raw.unlink()
-        images["qcow2"] = self._rig.image(f"qcow2-{size}", qcow2, "qcow2")
-        qcow2.unlink()
         os.sync()
         return images, proof
 
@@ -120,18 +127,22 @@ class Lab:
         """Boots a server of an image that the node does not know, in one of the ways, and clears up after it."""
         rig = self._rig
         servers = []
+        # A pass links every image, also those whose turn is another way.
+        rig.entry(image).unlink(missing_ok=True)
         if way == LINKED:
             rig.ln_images()
         if way == CACHED:
-            start = time.monotonic()
+            before, start = rig.served(image), time.monotonic()
             rig.compute.post(f"{self._aggregate}/images", json={"cache": [{"id": image}]})
             wait_until(rig.entry(image).exists, "the image in the cache", 600)
             seconds = time.monotonic() - start
             time.sleep(0.5)
-            yield PRECACHING, Boot(seconds, seconds, rig.served(image))
+            yield PRECACHING, Boot(seconds, seconds, rig.served(image) - before)
         for name in (LINKED, SECOND) if way == LINKED else (way,):
             server, boot = self._boot(image, proof)
             servers.append(server)
+            if (boot.served > 0) != (name == DOWNLOADED):
+                raise RuntimeError(f"{name}: Glance served {boot.served} bytes")
             yield name, boot
         rig.delete(*servers)
         rig.entry(image).unlink()
@@ -156,13 +167,13 @@ def median(boots: Sequence[Boot]) -> Boot:
     return Boot(*(statistics.median(column) for column in zip(*boots, strict=True)))
 
 
-def print_tables(figures: Figures, sizes: Sequence[int], fetched: int) -> None:
+def print_tables(figures: Figures, sizes: Sequence[int], formats: Sequence[str]) -> None:
     """The ratios first, and then what they are made of."""
     rounds = len(next(iter(figures.values())))
     print(f"\n| medians of {rounds} | Nova downloads / linked | pre-caching and boot / linked | second boot / linked |")
     print("| --- | ---: | ---: | ---: |")
     for size in sizes:
-        for disk_format in FORMATS:
+        for disk_format in formats:
             active = {way: median(figures[size, disk_format, way]).active for way in ways()}
             ratios = (active[DOWNLOADED], active[PRECACHING] + active[CACHED], active[SECOND])
             cells = " | ".join(f"{seconds / active[LINKED]:.1f}" for seconds in ratios)
@@ -170,7 +181,7 @@ def print_tables(figures: Figures, sizes: Sequence[int], fetched: int) -> None:
     print("\n| seconds | to ACTIVE | shortest | longest | to the guest's first line | MiB that Glance served |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for size in sizes:
-        for disk_format in FORMATS:
+        for disk_format in formats:
             for way in ways():
                 boots = figures[size, disk_format, way]
                 middle, every = median(boots), [boot.active for boot in boots]
@@ -179,13 +190,12 @@ def print_tables(figures: Figures, sizes: Sequence[int], fetched: int) -> None:
                     f"| {size / GIB:g} GiB, {disk_format}: {way} | {middle.active:.1f} | {min(every):.1f} |"
                     f" {max(every):.1f} | {guests} | {middle.served / guest.MIB:.0f} |"
                 )
-    print(f"\nOf {RACERS} servers created the instant their image was active, {fetched} fetched it.")
-    print(NOTES)
 
 
 def draw(figures: Figures, sizes: Sequence[int]) -> None:
-    """The picture: seconds against size, of raw images."""
-    lines = {way: [median(figures[size, "raw", way]).active for size in sizes] for way in (DOWNLOADED, LINKED)}
+    """The picture: seconds against size, of the first format."""
+    disk_format = next(iter(figures))[1]
+    lines = {way: [median(figures[size, disk_format, way]).active for size in sizes] for way in (DOWNLOADED, LINKED)}
     document = {"sizes": [size / GIB for size in sizes], "lines": lines, "path": str(PICTURE)}
     script = Path(__file__).with_name("draw.py")
     subprocess.run([NOVA / "bin/python", script], input=json.dumps(document), text=True, check=True)

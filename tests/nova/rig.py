@@ -109,7 +109,15 @@ send_service_user_token = False
 [neutron]
 {auth}
 """
-LIBVIRTD_CONF = 'unix_sock_group = "libvirt"\nauth_unix_ro = "none"\nauth_unix_rw = "none"\n'
+# A build under load must not wait for another's answer, nor the connection be given up for one that comes late.
+LIBVIRTD_CONF = """
+unix_sock_group = "libvirt"
+auth_unix_ro = "none"
+auth_unix_rw = "none"
+max_client_requests = 100
+max_workers = 40
+keepalive_interval = -1
+"""
 QEMU_CONF = 'security_driver = "none"\nnamespaces = []\ncgroup_controllers = []\n'
 
 
@@ -340,7 +348,7 @@ class Rig:
         for server in servers:
             wait_until(lambda server=server: self._gone(server), f"the end of {server}", 120)
 
-    def proof(self, server: str, node: Node | None = None, line: str = "guest: md5 ", seconds: float = 120) -> str:
+    def proof(self, server: str, node: Node | None = None, line: str = "guest: md5 ", seconds: float = 600) -> str:
         """Waits until the guest has printed a line that begins so, and returns what follows."""
         where = node or self.node
 

@@ -1,17 +1,49 @@
-"""What the tests on the rig share: how a pass is read, and a command that watches."""
+"""What the tests on the rig share: how a pass and a document are read, and a command that watches."""
 
 import contextlib
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cloud import ROOT, wait_until
 from rig import COMMAND, Rig
 
 
 def outcome(report: dict[str, Any], image: str) -> str:
     """What a pass said of one image."""
     return next((each["outcome"] for each in report["images"] if each["id"] == image), "not named")
+
+
+def told(command: str, values: Mapping[str, str]) -> str:
+    """The line of docs/recovery.md that begins with a command, with its placeholders filled in."""
+    lines = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8").splitlines()
+    found = next(line.strip() for line in lines if line.startswith("    ") and line.strip().startswith(command))
+    for name, value in values.items():
+        found = found.replace(name, value)
+    return found
+
+
+def reboot(rig: Rig, server: str) -> None:
+    """Brings a server back, as docs/recovery.md says."""
+    rig.openstack(*told("openstack server reboot", {"SERVER": server}).split()[1:])
+    time.sleep(1)
+    rig.wait(server, "ACTIVE")
+
+
+def fails(rig: Rig, server: str, action: str, arguments: object = None) -> None:
+    """Does something with a server that Nova accepts, and that fails then."""
+
+    def failed() -> bool:
+        time.sleep(0.2)
+        last = rig.compute.get(actions).json()["instanceActions"][0]
+        found = rig.compute.get(f"{actions}/{last['request_id']}").json()["instanceAction"]
+        return any(event["result"] == "Error" for event in found["events"] or ())
+
+    actions = f"/servers/{server}/os-instance-actions"
+    rig.compute.post(f"/servers/{server}/action", json={action: arguments})
+    wait_until(failed, f"{action} of {server} to fail", 120)
+    wait_until(lambda: rig.server(server)["OS-EXT-STS:task_state"] is None, f"{server} to come to rest", 60)
 
 
 @contextlib.contextmanager

@@ -1,16 +1,18 @@
 """What Nova does with linked images, shown with servers that boot."""
 
-import contextlib
+import grp
 import os
+import re
 import shutil
-import time
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from cloud import wait_until
-from rig import AS_THEY_ARE, CONVERTED, Rig
+from rig import AS_THEY_ARE, CACHE, CONVERTED, Rig
 from rig_fixtures import Disk
-from scenes import outcome, watching
+from scenes import fails, outcome, reboot, told, watching
 
 
 def test_an_image_without_a_link_is_downloaded_whole(rig: Rig, raw: Disk) -> None:
@@ -33,17 +35,28 @@ def test_a_linked_raw_image_boots_and_nothing_is_fetched(rig: Rig, raw: Disk) ->
     assert rig.entry(image).samefile(rig.cloud.images / image)
 
 
-def test_starting_a_server_leaves_owner_and_mode_of_its_base_alone(rig: Rig, raw: Disk) -> None:
-    """With the owner that libvirt gives to bases, a start takes nothing away that a pass would have to mend."""
+def test_a_start_gives_a_base_to_the_owner_of_the_guide(rig: Rig, raw: Disk) -> None:
+    """At each start libvirt gives a base to QEMU's user and group: with them as owner a pass has nothing to mend."""
     image = rig.image("owned", raw.path)
     rig.ln_images()
     before = rig.entry(image).stat()
     server = rig.boot(image)
-    rig.act(server, "os-stop", "SHUTOFF")
-    rig.act(server, "os-start", "ACTIVE")
-    after = rig.entry(image).stat()
-    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
-    assert outcome(rig.ln_images(), image) == "present"
+    for group in (before.st_gid, grp.getgrnam("kvm").gr_gid):
+        rig.act(server, "os-stop", "SHUTOFF")
+        os.chown(rig.entry(image), -1, group)
+        rig.act(server, "os-start", "ACTIVE")
+        after = rig.entry(image).stat()
+        assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+        assert outcome(rig.ln_images(), image) == "present"
+
+
+def test_no_server_builds_on_a_base_that_not_everybody_may_read(rig: Rig, raw: Disk) -> None:
+    """Nova looks into a base as its own user, which mode 0640 keeps out."""
+    image = rig.image("closed", raw.path)
+    rig.ln_images()
+    rig.entry(image).chmod(0o640)
+    with pytest.raises(RuntimeError, match="ERROR"):
+        rig.boot(image)
 
 
 @pytest.mark.parametrize("setting", [AS_THEY_ARE, CONVERTED])
@@ -65,13 +78,16 @@ def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, q
     rig.ln_images()
     server = rig.boot(image)
     rig.entry(image).unlink()
-    with pytest.raises(RuntimeError, match="ERROR"):
-        rig.act(server, "reboot", "ACTIVE", {"type": "HARD"})
+    fails(rig, server, "reboot", {"type": "HARD"})
+    assert rig.server(server)["status"] == "ERROR"
+    assert "Image is not in qcow2 format" in rig.server(server)["fault"]["details"]
     assert rig.served(image) == qcow2.size
-    assert outcome(rig.ln_images(), image) == "occupied"
-    rig.entry(image).unlink()
+    said = next(each for each in rig.ln_images()["images"] if each["id"] == image)
+    assert said["outcome"] == "occupied"
+    assert "Nova's raw copy has the cache name" in said["reason"]
+    subprocess.run(told("mv SHA1 ", {"SHA1": rig.entry(image).name}).split(), cwd=CACHE, check=True)
     assert outcome(rig.ln_images(), image) == "linked"
-    rig.act(server, "reboot", "ACTIVE", {"type": "HARD"})
+    reboot(rig, server)
     assert rig.proof(server) == qcow2.md5
 
 
@@ -134,26 +150,49 @@ def test_a_download_that_is_under_way_replaces_a_link_made_meanwhile(rig: Rig, s
     assert rig.proof(server) == slow.md5
 
 
-def test_a_server_whose_base_was_lost_comes_back_by_a_hard_reboot(rig: Rig, raw: Disk) -> None:
-    """A server whose base was lost fails to start; once it is back, ``openstack server reboot --hard`` starts it."""
+LOST = [("os-start", None, "SHUTOFF"), ("reboot", {"type": "HARD"}, "ERROR")]
+
+
+@pytest.mark.parametrize(("action", "arguments", "status"), LOST)
+def test_a_server_whose_base_was_lost_comes_back_by_a_hard_reboot(
+    rig: Rig, raw: Disk, action: str, arguments: object, status: str
+) -> None:
+    """A base lost under a server is put back from a backup, and ``openstack server reboot --hard`` alone starts it."""
     image = rig.image("lost", raw.path)
     rig.ln_images()
     server = rig.boot(image)
-    backup = rig.directory / "backup"
-    backup.write_bytes(rig.entry(image).read_bytes())
     owner = rig.entry(image).stat()
     rig.cloud.delete(image)
-    rig.act(server, "os-stop", "SHUTOFF")
+    if status == "SHUTOFF":
+        rig.act(server, "os-stop", status)
     rig.entry(image).unlink()
-    with contextlib.suppress(RuntimeError, TimeoutError):
-        rig.compute.post(f"/servers/{server}/action", json={"os-start": None})
-        time.sleep(1)
-        rig.wait(server, "ACTIVE", 20)
-    assert rig.server(server)["status"] != "ACTIVE"
-    shutil.move(backup, rig.entry(image))
+    fails(rig, server, action, arguments)
+    assert rig.server(server)["status"] == status
+    put_back(rig, raw.path, image, owner)
+    reboot(rig, server)
+    assert rig.proof(server) == raw.md5
+
+
+def test_a_base_that_is_gone_is_copied_off_a_running_server(rig: Rig, raw: Disk) -> None:
+    """A server reads on in a base that was removed, and the commands of docs/recovery.md get it back from there."""
+    image = rig.image("gone", raw.path)
+    rig.ln_images()
+    server = rig.boot(image)
+    owner = rig.entry(image).stat()
+    rig.cloud.delete(image)
+    rig.entry(image).unlink()
+    rig.alive(server, rig.node.console(server).count("guest: alive") + 2)
+    name = {"SHA1": rig.entry(image).name}
+    opened = re.search(r"/proc/(\d+/fd/\d+) ", rig.node.run("sh", "-c", told("ls -l /proc", name)))
+    assert opened
+    rig.node.run("sh", "-c", told("cp --sparse", name | {"PID/fd/N": opened[1]}))
+    put_back(rig, rig.node.instances / f"{name['SHA1']}.rescued", image, owner)
+    reboot(rig, server)
+    assert rig.proof(server) == raw.md5
+
+
+def put_back(rig: Rig, content: Path, image: str, owner: os.stat_result) -> None:
+    """Makes a copy the base of an image, with the owner and mode of the other links."""
+    shutil.copyfile(content, rig.entry(image))
     os.chown(rig.entry(image), owner.st_uid, owner.st_gid)
     rig.entry(image).chmod(0o644)
-    rig.openstack("server", "reboot", "--hard", server)
-    time.sleep(1)
-    rig.wait(server, "ACTIVE")
-    assert rig.proof(server) == raw.md5

@@ -1,13 +1,14 @@
 """``--prune`` keeps what the disks of servers need, whatever has been done with the servers, and takes the rest."""
 
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from rig import Rig
+from rig import CACHE, NOVA, Rig
 from rig_fixtures import Disk
-from scenes import outcome
+from scenes import fails, outcome, reboot, told
 
 AGE = "1s"
 
@@ -71,13 +72,22 @@ def suspend(scene: Scene) -> None:
 
 
 def shelve(scene: Scene) -> None:
-    """Shelved, unshelved, and started once more: its disk is on the shelve snapshot, which Nova has deleted."""
+    """Shelved and unshelved: its disk, made from the shelve snapshot, is put back on the base of its image."""
     scene.act("shelve", "SHELVED_OFFLOADED")
+    # By this property the clean-up knows a server's own snapshot.
+    assert scene.rig.cloud.image_api().get(f"/images/{snapshot(scene)}").json()["instance_uuid"] == scene.server
     assert scene.prune(scene.image, scene.unused) == ["retired", "pruned", "not named"]
     scene.rig.ln_images()
     scene.act("unshelve", "ACTIVE")
-    scene.needs()
+    assert scene.rig.node.bases(scene.server) == {scene.rig.entry(scene.image).name}
     scene.prune()
+
+
+def snapshot(scene: Scene) -> str:
+    """The image that shelving has made of the server."""
+    found = scene.rig.cloud.image_api().get("/images", params={"image_type": "snapshot"}).json()["images"]
+    assert len(found) == 1
+    return str(found[0]["id"])
 
 
 def rebuild(scene: Scene) -> None:
@@ -99,11 +109,13 @@ def rescue(scene: Scene) -> None:
 
 
 def rescue_and_reset(scene: Scene) -> None:
-    """Rescued, and then said to be active from outside while it still runs from the rescue image."""
+    """Rescued, and then said to be active from outside while it runs from the rescue image: only its disk tells."""
     scene.act("rescue", "RESCUE", {"rescue_image_ref": scene.other})
     scene.act("os-resetState", "ACTIVE", {"state": "active"})
     scene.prune(scene.image, scene.other, scene.unused)
     scene.needs()
+    assert scene.rig.entry(scene.other).name not in scene.rig.names()
+    scene.rig.alive(scene.server, scene.rig.node.console(scene.server).count("guest: alive") + 2)
 
 
 def confirm_resize(scene: Scene) -> None:
@@ -157,12 +169,49 @@ def test_what_a_deleted_server_used_is_retired_first_and_then_removed(rig: Rig, 
 
 
 def test_a_running_server_reads_on_in_a_base_that_was_retired_under_it(rig: Rig, raw: Disk) -> None:
-    """A base that is renamed under a running server is still read by it; only its next start needs the name."""
+    """A base that is renamed under a running server is still read by it; docs/recovery.md gives it its name back."""
     scene = Scene(rig, raw)
     entry = rig.entry(scene.image)
+    rig.cloud.delete(scene.image)
     entry.rename(entry.with_suffix(".retired"))
-    before = rig.node.console(scene.server).count("guest: alive")
-    rig.alive(scene.server, before + 3)
-    entry.with_suffix(".retired").rename(entry)
+    rig.alive(scene.server, rig.node.console(scene.server).count("guest: alive") + 3)
+    fails(rig, scene.server, "reboot", {"type": "HARD"})
+    subprocess.run(told("mv -n SHA1.retired", {"SHA1": entry.name}).split(), cwd=CACHE, check=True)
+    reboot(rig, scene.server)
+    assert rig.proof(scene.server) == raw.md5
+
+
+@pytest.fixture
+def older(rig: Rig) -> Iterator[None]:
+    """A nova-compute without the fix of LP#1934094, which is one line: the server gets its image's id back."""
+    module = next((NOVA / "lib").glob("python3*/site-packages/nova/compute/manager.py"))
+    code, fix = module.read_text(), f"{' ' * 16}instance.image_ref = shelved_image_ref\n"
+    assert code.count(fix) == 1
+    unfixed = rig.directory / "manager.py"
+    unfixed.write_text(code.replace(fix, ""))
+    rig.node.run("mount", "--bind", str(unfixed), str(module))
+    rig.node.stop()
+    rig.node.runs_with()
+    yield
+    rig.node.run("umount", str(module))
+    rig.node.stop()
+
+
+@pytest.mark.usefixtures("older")
+def test_a_server_whose_first_unshelve_failed_names_a_deleted_snapshot(rig: Rig, raw: Disk) -> None:
+    """LP#1934094: after the second unshelve it names the snapshot, its disk is on the original, and that is kept."""
+    scene = Scene(rig, raw)
+    scene.act("shelve", "SHELVED_OFFLOADED")
+    shelved = snapshot(scene)
+    with rig.entry(shelved).open("wb") as too_large:
+        too_large.truncate(2 << 30)
+    fails(rig, scene.server, "unshelve")
+    rig.entry(shelved).unlink()
+    rig.ln_images()
+    scene.act("unshelve", "ACTIVE")
+    assert rig.server(scene.server)["image"]["id"] == shelved
+    assert rig.node.bases(scene.server) == {rig.entry(scene.image).name}
+    scene.prune(scene.image, scene.unused)
+    scene.needs()
     scene.act("reboot", "ACTIVE", {"type": "HARD"})
     assert rig.proof(scene.server) == raw.md5
