@@ -207,12 +207,13 @@ def pruned(node: Node, *arguments: str, **variables: str | None) -> str:
 
 @contextlib.contextmanager
 def with_nova(node: Node, *arguments: str) -> Iterator[Compute]:
-    """A Nova in the catalog, and a base of which the image is gone: in the end, with all mended, that is retired."""
+    """A Nova in the catalog, and a base of a deleted image: with all mended, it is retired in the end, or gone."""
     base = base_in(node.cache, GONE)
     with Compute() as nova, in_catalog(node.cloud.identity(), (REGION, "public", nova.url)):
         yield nova
         pruned(node, *arguments)
-        base.with_name(f"{base.name}.retired").unlink()
+        assert not base.exists()
+        base.with_name(f"{base.name}.retired").unlink(missing_ok=True)
 
 
 def prune_of_a_member(node: Node, tmp_path: Path) -> Generator[str, None, None]:
