@@ -1,7 +1,6 @@
 """The two directories: lock, look, link, mend, rename, remove. The only module that changes files there.
 
-Everything is done through descriptors: both directories are opened once, names are looked up relative
-to them, and what was opened and checked is exactly what is linked.
+Through descriptors: both directories are opened once, and what was opened and checked is exactly what is linked.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from ln_images import inspection
-from ln_images.inode import MARK, SERVER_MARK, SIZE_MARK, look_at, mark, opened, project, unmarked
+from ln_images.inode import MARK, SERVER_MARK, SIZE_MARK, look_at, mark, mount, opened, project, unmarked
 from ln_images.model import (
     UNMARKABLE,
     AnotherRunError,
@@ -47,7 +46,7 @@ class Disk:
             if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
                 raise ConfigurationError(f"--images-dir and --cache-dir are one directory, {cache_dir}: name two")
             # Two mounts of one file system have one st_dev, and link(2) refuses them all the same.
-            if here.st_dev != there.st_dev or _mount(self._images) != _mount(self._cache):
+            if here.st_dev != there.st_dev or mount(self._images) != mount(self._cache):
                 raise ConfigurationError(
                     f"{images_dir} and {cache_dir} are on two file systems or two mounts of one, which no hard"
                     " link can cross: put both on one, under one mount point"
@@ -299,9 +298,3 @@ def _open_directory(option: str, path: str) -> int:
         elif isinstance(error, PermissionError) and os.geteuid() != 0:
             mend = "run it as root"
         raise ConfigurationError(f"{option} {path}: {error.strerror}: {mend}") from None
-
-
-def _mount(descriptor: int) -> str:
-    """The id of the mount that a descriptor was opened through (proc_pid_fdinfo(5))."""
-    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
-        return next(line for line in lines if line.startswith("mnt_id:"))

@@ -1,4 +1,4 @@
-"""One inode: what a name stands for, its marks, its project."""
+"""One inode: what a name stands for, its marks, its project, its mount."""
 
 import contextlib
 import errno
@@ -80,3 +80,9 @@ def project(descriptor: int) -> tuple[int, bool]:
         return 0, False
     flags, _, _, number, _ = _FSXATTR.unpack(fields)
     return number, bool(flags & _PROJINHERIT)
+
+
+def mount(descriptor: int) -> str:
+    """The id of the mount that a descriptor was opened through (proc_pid_fdinfo(5))."""
+    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
+        return next(line for line in lines if line.startswith("mnt_id:"))
