@@ -285,8 +285,7 @@ class Lab:
             reports = map(json.loads, process.stdout or ())
             first = next(reports)["duration_seconds"]
             later = statistics.median(next(reports)["duration_seconds"] for _ in range(5))
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        memory = int(re.findall(r"^VmHWM:\s*(\d+)", status, re.M)[0]) / 1024
+            memory = _peak(process.pid) / MIB
         return [f"{statistics.median(found):.3f}", f"{requests:.1f}", f"{first:.3f}", f"{later:.3f}", f"{memory:.0f}"]
 
     def minute_of_a_service(self) -> Sample:
@@ -295,9 +294,7 @@ class Lab:
             next(iter(process.stdout or ()))
             before, requests = _used(process.pid), self._requests()
             time.sleep(60)
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            memory = int(re.findall(r"^VmHWM:\s*(\d+)", status, re.M)[0]) * 1024
-            return Sample(60, _used(process.pid) - before, memory, self._requests() - requests)
+            return Sample(60, _used(process.pid) - before, _peak(process.pid), self._requests() - requests)
 
     def verify(self, gib: float, rounds: int) -> dict[tuple[str, str], list[Sample]]:
         """Reads one file of so many GiB whole, with each command in turns."""
@@ -338,6 +335,11 @@ def _used(pid: int) -> float:
     """The seconds of CPU that a process has used (proc_pid_stat(5))."""
     user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _peak(pid: int) -> int:
+    """The most memory that a process has had, in bytes (proc_pid_status(5))."""
+    return int(re.findall(r"^VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)[0]) * 1024
 
 
 def compare(labs: Sequence[Lab], rounds: int) -> Figures:

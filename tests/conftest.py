@@ -1,6 +1,7 @@
 """A real cloud for all the tests of a worker, and a storage node on which the real command is run."""
 
 import contextlib
+import faulthandler
 import hashlib
 import io
 import json
@@ -35,9 +36,8 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "report.schema.json").read_text()))
 COMMAND = Path(sys.executable).with_name("ln-images")
-# A process that is measured for coverage takes twice as long. Those of these modules are; of the others, what is called
-# in the tests' own process.
-MEASURED = {"test_cli", "test_terminal", "test_watch"}
+# A call of the command that has not ended by then ends the tests' process, with a traceback.
+ENDS_WITHIN = 60
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 # As root the tests link for somebody else, as in production; otherwise for whoever runs them.
 OWNER = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())
@@ -63,7 +63,6 @@ class Node:
 
     cloud: Cloud
     cache: Path
-    measured: bool = False
 
     @property
     def images(self) -> Path:
@@ -72,8 +71,7 @@ class Node:
 
     def environment(self, **variables: str | None) -> dict[str, str]:
         """What the command runs in: an openrc, and this node's settings. None takes a variable away."""
-        inherited = ("PATH", "COV") if self.measured else "PATH"
-        kept = {key: value for key, value in os.environ.items() if key.startswith(inherited)}
+        kept = {key: value for key, value in os.environ.items() if key.startswith(("COV", "PATH"))}
         settings = {
             "LN_IMAGES_IMAGES_DIR": str(self.images),
             "LN_IMAGES_CACHE_DIR": str(self.cache),
@@ -99,10 +97,14 @@ class Node:
                 patch.delenv(name)
             for name, value in self.environment(**variables).items():
                 patch.setenv(name, value)
+            # Not an alarm: the command has one of its own.
+            faulthandler.dump_traceback_later(ENDS_WITHIN, exit=True, file=2)
             try:
                 main(list(arguments), prog_name="ln-images")
             except SystemExit as ended:
                 status = int(ended.code or 0)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
         return self._checked(subprocess.CompletedProcess(arguments, status, said.getvalue(), errors.getvalue()))
 
     def process(self, *arguments: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
@@ -182,7 +184,7 @@ def node(cloud: Cloud, request: pytest.FixtureRequest) -> Iterator[Node]:
         cloud.directory / f"cache-{hashlib.sha1(request.node.nodeid.encode(), usedforsecurity=False).hexdigest()[:12]}"
     )
     cache.mkdir()
-    yield Node(cloud, cache, request.module.__name__ in MEASURED)
+    yield Node(cloud, cache)
     cloud.clear()
 
 

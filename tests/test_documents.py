@@ -97,7 +97,7 @@ def test_a_line_of_the_crontab_works_under_crons_shell(node: Node, tmp_path: Pat
     command = command.replace("--for 65", "--for 3")
     settings = dict(re.findall(r"^([A-Z_]+)=(.*)$", CRONTAB, re.MULTILINE))
     assert set(settings) == {"PATH", "MAILTO", "LN_IMAGES_LOG_FILE"}
-    here = {key: value for key, value in node.environment().items() if key.startswith("LN_IMAGES_")}
+    here = {key: value for key, value in node.environment().items() if key.startswith(("LN_IMAGES_", "COV"))}
     environment = {
         **here,
         **settings,

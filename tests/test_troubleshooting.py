@@ -19,7 +19,7 @@ from compute import Compute, Fault, in_catalog
 from compute import server as a_server
 from conftest import COMMAND, NO_OPENRC, REFERENCE, Node, needs_root
 from faulty import Answer, Authority, Faulty, Variables
-from test_faults import formatted, project
+from test_faults import formatted, mounted, project
 from test_prune import base_in, overlay
 
 DATA = b"\1" * 5000
@@ -421,7 +421,8 @@ def unknown_to_glance(node: Node, _: Path) -> Generator[str, None, None]:
 
 def full(node: Node, tmp_path: Path) -> Generator[str, None, None]:
     """A file system has no inode left, until somebody makes room."""
-    with mounted(tmp_path, "nr_inodes=20") as directories:
+    directories = below(tmp_path)
+    with mounted(tmp_path, "-t", "tmpfs", "-o", "nr_inodes=20", "tmpfs"):
         (tmp_path / "cache").mkdir()
         shutil.copytree(node.images, tmp_path / "images")
         with contextlib.suppress(OSError):
@@ -435,7 +436,8 @@ def full(node: Node, tmp_path: Path) -> Generator[str, None, None]:
 
 def read_only(node: Node, tmp_path: Path) -> Generator[str, None, None]:
     """A file system is mounted read-only, until somebody remounts it."""
-    with mounted(tmp_path, "size=1m") as directories:
+    directories = below(tmp_path)
+    with mounted(tmp_path, "-t", "tmpfs", "-o", "size=1m", "tmpfs"):
         (tmp_path / "cache").mkdir()
         shutil.copytree(node.images, tmp_path / "images")
         subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
@@ -447,16 +449,6 @@ def read_only(node: Node, tmp_path: Path) -> Generator[str, None, None]:
 def below(directory: Path) -> Variables:
     """The settings for a store and a cache below a directory."""
     return {"LN_IMAGES_IMAGES_DIR": str(directory / "images"), "LN_IMAGES_CACHE_DIR": str(directory / "cache")}
-
-
-@contextlib.contextmanager
-def mounted(directory: Path, options: str) -> Iterator[Variables]:
-    """A small file system of its own, and the settings for a store and a cache there."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], check=True)
-    try:
-        yield below(directory)
-    finally:
-        subprocess.run(["umount", "--lazy", directory], check=True)
 
 
 def only(node: Node) -> str:
