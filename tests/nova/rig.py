@@ -341,6 +341,11 @@ class Rig:
         time.sleep(0.3)
         self.wait(server, status)
 
+    def snapshot(self, server: str) -> str:
+        """Starts a snapshot of a server, and returns the id of its image, which is not active yet."""
+        answer = self.compute.post(f"/servers/{server}/action", json={"createImage": {"name": f"of-{server}"}})
+        return str(answer.json()["image_id"])
+
     def delete(self, *servers: str) -> None:
         """Deletes servers at once and for good, and waits until nothing is left of them."""
         for server in servers:
