@@ -63,7 +63,7 @@ boot: $(VENV)/installed $(CLOUD)/installed $(NOVA)/installed
 		$(if $(RACERS),--racers $(RACERS))
 
 test-nova: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed $(NOVA)/installed
-	@$(INSIDE) -m pytest tests/nova --override-ini=norecursedirs= -p rig_fixtures -p no:cacheprovider -v $(if $(TESTS),-k "$(TESTS)")
+	@$(INSIDE) -m pytest tests/nova --override-ini=norecursedirs='.*' -p rig_fixtures -p no:cacheprovider -v $(if $(TESTS),-k "$(TESTS)")
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
