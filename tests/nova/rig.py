@@ -199,6 +199,12 @@ class Node:
         """The names in the cache of the files that back a server's disk."""
         return {Path(each["filename"]).name for each in self.chain(server, disk)[1:]}
 
+    def first_sector(self, server: str) -> bytes:
+        """What a stopped server would read at the beginning of its disk."""
+        disk, read = (STATE / "instances" / server / name for name in ("disk", "read"))
+        self.run("qemu-img", "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", f"if={disk}", f"of={read}")
+        return (self.instances / server / "read").read_bytes()
+
     def rebase(self, server: str, base: str) -> None:
         """Puts a stopped server's disk on another base of the same content."""
         disk = str(STATE / "instances" / server / "disk")
