@@ -26,6 +26,7 @@ cloud: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed
 
 test: lint $(CLOUD)/installed
 	@tests/need.sh "command -v qemu-img" qemu-utils
+	@[ "$$(id -u)" != 0 ] || tests/need.sh "ls /sbin/mkfs.xfs" xfsprogs
 	$(VENV)/bin/coverage erase
 	$(VENV)/bin/coverage run $(PYTEST)
 	$(VENV)/bin/coverage combine --quiet
@@ -33,6 +34,7 @@ test: lint $(CLOUD)/installed
 
 test-module: $(VENV)/installed $(CLOUD)/installed
 	@tests/need.sh "command -v qemu-img" qemu-utils
+	@[ "$$(id -u)" != 0 ] || tests/need.sh "ls /sbin/mkfs.xfs" xfsprogs
 	$(VENV)/bin/python $(PYTEST) tests/test_$(MODULE).py $(if $(TESTS),-k "$(TESTS)")
 
 # Takes some minutes, as root: a Ceph cluster of Debian's packages in one directory.
@@ -61,7 +63,7 @@ boot: $(VENV)/installed $(CLOUD)/installed $(NOVA)/installed
 		$(if $(RACERS),--racers $(RACERS))
 
 test-nova: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed $(NOVA)/installed
-	@$(INSIDE) -m pytest tests/nova --override-ini=norecursedirs= -p rig_fixtures -p no:cacheprovider -v $(if $(TESTS),-k "$(TESTS)")
+	@$(INSIDE) -m pytest tests/nova --override-ini=norecursedirs='.*' -p rig_fixtures -p no:cacheprovider -v $(if $(TESTS),-k "$(TESTS)")
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -10,12 +10,12 @@ verified here, so a signed image is left to Nova.
 import concurrent.futures
 import contextlib
 import hashlib
+import io
 import mmap
 import os
 import re
 import struct
 from collections.abc import Callable, Iterator
-from typing import IO, cast
 
 _CHUNK = 4096
 # Content of every kind here is decided within 256 KiB.
@@ -75,15 +75,15 @@ def objection(descriptor: int, disk_format: str) -> str | None:
     from oslo_utils.imageutils import format_inspector
 
     accepted = _CONTENT[disk_format]
-    reader = _Reader(descriptor)
-    wrapper = format_inspector.InspectWrapper(cast(IO[bytes], reader))
+    beginning = os.pread(descriptor, _AT_MOST, 0)
+    wrapper = format_inspector.InspectWrapper(io.BytesIO(beginning))
     try:
-        while wrapper.formats is None and not reader.ended:
-            wrapper.read(_CHUNK)
-        decided = wrapper.formats is not None or not reader.cut_short
+        while wrapper.formats is None and wrapper.read(_CHUNK):
+            pass
+        decided = wrapper.formats is not None or len(beginning) < _AT_MOST
         wrapper.close()
         found = {str(inspector): inspector for inspector in wrapper.formats or ()}
-        probed = _probed(os.pread(descriptor, _SECTOR, 0).ljust(_SECTOR, b"\0"))
+        probed = _probed(beginning[:_SECTOR].ljust(_SECTOR, b"\0"))
         names = set(found) if probed is None else found.keys() - {"raw"} | {probed}
         if names not in accepted:
             found_names = " and ".join(sorted(names))
@@ -183,20 +183,3 @@ def _direct(descriptor: int) -> Iterator[int]:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
             stack.callback(os.close, descriptor)
         yield descriptor
-
-
-class _Reader:
-    """The first bytes of a descriptor, from the beginning, in the shape that the inspectors read."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._offset = 0
-        self.ended = False
-        self.cut_short = False
-
-    def read(self, size: int) -> bytes:
-        data = os.pread(self._descriptor, size, self._offset)
-        self._offset += len(data)
-        self.cut_short = self._offset >= _AT_MOST
-        self.ended = not data or self.cut_short
-        return data

@@ -4,10 +4,14 @@ import contextlib
 import json
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 from conftest import COMMAND, SCHEMA, Node
+
+# Whoever waits for the next report of a process that hangs is told so by its end.
+ENDS_WITHIN = 300
 
 
 class Running:
@@ -45,8 +49,11 @@ def running(node: Node, *arguments: str, **variables: str | None) -> Iterator[Ru
         stderr=subprocess.PIPE,
         text=True,
     )
+    watchdog = threading.Timer(ENDS_WITHIN, process.kill)
+    watchdog.start()
     try:
         yield Running(process)
     finally:
+        watchdog.cancel()
         process.kill()
         process.communicate()

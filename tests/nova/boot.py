@@ -86,9 +86,10 @@ class Lab:
             ways = [(disk_format, way) for way in (DOWNLOADED, LINKED, CACHED) for disk_format in self._formats]
             first = number * len(self._formats) % len(ways)
             for disk_format, way in ways[first:] + ways[:first]:
-                say(f"{size} MiB, round {number + 1} of {rounds}: {disk_format}, {way}")
                 for name, boot in self._boots(way, images[disk_format], proof):
                     self._figures[size, disk_format, name].append(boot)
+                    took = f"{boot.active:.1f} s, {boot.served / guest.MIB:.0f} MiB served"
+                    say(f"{size} MiB, round {number + 1} of {rounds}: {disk_format}, {name}: {took}")
         for image in images.values():
             self._rig.cloud.delete(image)
             self._rig.entry(image).unlink(missing_ok=True)
@@ -209,7 +210,7 @@ def ways() -> tuple[str, ...]:
 
 def say(what: str) -> None:
     """Tells what is being done, on standard error."""
-    print(f"{what} ...", file=sys.stderr, flush=True)
+    print(what, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

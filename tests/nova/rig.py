@@ -199,6 +199,12 @@ class Node:
         """The names in the cache of the files that back a server's disk."""
         return {Path(each["filename"]).name for each in self.chain(server, disk)[1:]}
 
+    def first_sector(self, server: str) -> bytes:
+        """What a stopped server would read at the beginning of its disk."""
+        disk, read = (STATE / "instances" / server / name for name in ("disk", "read"))
+        self.run("qemu-img", "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", f"if={disk}", f"of={read}")
+        return (self.instances / server / "read").read_bytes()
+
     def rebase(self, server: str, base: str) -> None:
         """Puts a stopped server's disk on another base of the same content."""
         disk = str(STATE / "instances" / server / "disk")
@@ -340,6 +346,11 @@ class Rig:
         self.compute.post(f"/servers/{server}/action", json={action: arguments})
         time.sleep(0.3)
         self.wait(server, status)
+
+    def snapshot(self, server: str) -> str:
+        """Starts a snapshot of a server, and returns the id of its image, which is not active yet."""
+        answer = self.compute.post(f"/servers/{server}/action", json={"createImage": {"name": f"of-{server}"}})
+        return str(answer.json()["image_id"])
 
     def delete(self, *servers: str) -> None:
         """Deletes servers at once and for good, and waits until nothing is left of them."""

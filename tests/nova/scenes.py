@@ -1,6 +1,7 @@
 """What the tests on the rig share: how a pass and a document are read, and a command that watches."""
 
 import contextlib
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,13 @@ def told(command: str, values: Mapping[str, str]) -> str:
     for name, value in values.items():
         found = found.replace(name, value)
     return found
+
+
+def descriptor(rig: Rig, base: str) -> tuple[str, str]:
+    """The process that has a base open and the number of its descriptor, as docs/recovery.md finds them."""
+    found = re.search(r"/proc/(\d+)/fd/(\d+) ", rig.node.run("sh", "-c", told("ls -l /proc", {"SHA1": base})))
+    assert found
+    return found[1], found[2]
 
 
 def reboot(rig: Rig, server: str) -> None:

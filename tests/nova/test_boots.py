@@ -12,7 +12,7 @@ import pytest
 from cloud import wait_until
 from rig import AS_THEY_ARE, CACHE, CONVERTED, Rig
 from rig_fixtures import Disk
-from scenes import fails, outcome, reboot, told, watching
+from scenes import descriptor, fails, outcome, reboot, told, watching
 
 
 def test_an_image_without_a_link_is_downloaded_whole(rig: Rig, raw: Disk) -> None:
@@ -50,6 +50,18 @@ def test_a_start_gives_a_base_to_the_owner_of_the_guide(rig: Rig, raw: Disk) -> 
         assert outcome(rig.ln_images(), image) == "present"
 
 
+def test_a_guest_reads_its_base_past_the_nodes_memory(rig: Rig, raw: Disk) -> None:
+    """QEMU opens a base with O_DIRECT, as Nova has it do: each read goes to where the file is."""
+    image = rig.image("direct", raw.path)
+    rig.ln_images()
+    server = rig.boot(image)
+    process, number = descriptor(rig, rig.entry(image).name)
+    flags = re.search(r"^flags:\s*(\d+)$", Path(f"/proc/{process}/fdinfo/{number}").read_text(), re.MULTILINE)
+    assert flags
+    assert int(flags[1], 8) & os.O_DIRECT
+    assert rig.proof(server) == raw.md5
+
+
 def test_no_server_builds_on_a_base_that_not_everybody_may_read(rig: Rig, raw: Disk) -> None:
     """Nova looks into a base as its own user, which mode 0640 keeps out."""
     image = rig.image("closed", raw.path)
@@ -80,7 +92,10 @@ def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, q
     rig.entry(image).unlink()
     fails(rig, server, "reboot", {"type": "HARD"})
     assert rig.server(server)["status"] == "ERROR"
-    assert "Image is not in qcow2 format" in rig.server(server)["fault"]["details"]
+    fault = rig.server(server)["fault"]
+    assert fault["message"] == "libvirtError"
+    assert "Image is not in qcow2 format" in fault["details"]
+    assert "Image is not in qcow2 format" in Path("/var/log/nova/nova-compute.log").read_text()
     assert rig.served(image) == qcow2.size
     said = next(each for each in rig.ln_images()["images"] if each["id"] == image)
     assert said["outcome"] == "occupied"
@@ -89,6 +104,27 @@ def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, q
     assert outcome(rig.ln_images(), image) == "linked"
     reboot(rig, server)
     assert rig.proof(server) == qcow2.md5
+
+
+def test_a_server_built_on_a_raw_copy_lives_on_in_its_snapshot(rig: Rig, qcow2: Disk) -> None:
+    """On the link a server that was built on Nova's raw copy reads a qcow2 file as its disk; its snapshot lives on."""
+    rig.node.runs_with(DEFAULT=CONVERTED)
+    image = rig.image("copied-qcow2", qcow2.path, "qcow2")
+    built = rig.boot(image)
+    assert rig.node.chain(built)[0]["backing-filename-format"] == "raw"
+    snapshot = rig.snapshot(built)
+    wait_until(lambda: rig.cloud.status(snapshot) == "active", "the snapshot", 120)
+    rig.wait(built, "ACTIVE")
+    rig.act(built, "os-stop", "SHUTOFF")
+    subprocess.run(told("mv SHA1 ", {"SHA1": rig.entry(image).name}).split(), cwd=CACHE, check=True)
+    report = rig.ln_images()
+    assert [outcome(report, each) for each in (image, snapshot)] == ["linked", "linked"]
+    # What was its boot sector is now the header of a qcow2 file.
+    assert rig.node.first_sector(built).startswith(b"QFI\xfb")
+    rig.delete(built)
+    for each in (image, snapshot):
+        assert rig.proof(rig.boot(each)) == qcow2.md5
+        assert rig.served(each) == (qcow2.size if each == image else 0)
 
 
 def test_a_qcow2_link_lost_without_force_raw_images_is_only_fetched_again(rig: Rig, qcow2: Disk) -> None:
@@ -108,8 +144,7 @@ def test_a_snapshot_of_a_running_server_is_linked_when_it_is_active_and_boots(ri
     image = rig.image("original", raw.path)
     rig.ln_images()
     server = rig.boot(image)
-    answer = rig.compute.post(f"/servers/{server}/action", json={"createImage": {"name": "snapshot"}})
-    snapshot = answer.json()["image_id"]
+    snapshot = rig.snapshot(server)
     seen: list[tuple[str, str]] = []
     while not seen or seen[-1][0] != "active":
         before = rig.cloud.status(snapshot)
@@ -183,9 +218,8 @@ def test_a_base_that_is_gone_is_copied_off_a_running_server(rig: Rig, raw: Disk)
     rig.entry(image).unlink()
     rig.alive(server, rig.node.console(server).count("guest: alive") + 2)
     name = {"SHA1": rig.entry(image).name}
-    opened = re.search(r"/proc/(\d+/fd/\d+) ", rig.node.run("sh", "-c", told("ls -l /proc", name)))
-    assert opened
-    rig.node.run("sh", "-c", told("cp --sparse", name | {"PID/fd/N": opened[1]}))
+    opened = "/fd/".join(descriptor(rig, name["SHA1"]))
+    rig.node.run("sh", "-c", told("cp --sparse", name | {"PID/fd/N": opened}))
     put_back(rig, rig.node.instances / f"{name['SHA1']}.rescued", image, owner)
     reboot(rig, server)
     assert rig.proof(server) == raw.md5

@@ -15,9 +15,12 @@ from test_cache_manager import OFTEN, OLD
 
 
 @pytest.fixture(scope="module")
-def nodes(rig: Rig) -> tuple[Node, Node]:
-    """The first compute node and a second."""
-    return rig.node, rig.nodes[1] if len(rig.nodes) > 1 else rig.add_node()
+def nodes(rig: Rig) -> Iterator[tuple[Node, Node]]:
+    """The first compute node and a second, which the scheduler would give the servers of other tests, too."""
+    second = rig.add_node()
+    yield rig.node, second
+    second.stop()
+    rig.nodes.remove(second)
 
 
 @pytest.fixture
