@@ -20,9 +20,27 @@ def _interrupt(*_: object) -> None:
     raise Interrupted
 
 
+def _end() -> None:
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    # Nothing of the interpreter's own end may add to the line, and nothing that was half imported is there.
+    try:
+        os.write(2, b"ln-images: interrupted: what was linked stays, the next run does the rest\n")
+    finally:
+        os._exit(130)
+
+
+def _dropped(dropped: "sys.UnraisableHookArgs") -> None:
+    """Ends the run also where Python drops an exception: in what is called when an object dies."""
+    if isinstance(dropped.exc_value, Interrupted):
+        _end()
+    sys.__unraisablehook__(dropped)
+
+
 def start() -> None:
     """Runs the command. Whatever ends it from outside, it ends with status 130 and one line."""
     try:
+        sys.unraisablehook = _dropped
         for number in _ENDING:
             # Where it is ignored, as under nohup, it stays so.
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -31,13 +49,7 @@ def start() -> None:
 
         main(prog_name="ln-images")
     except (Interrupted, KeyboardInterrupt):
-        for number in _ENDING:
-            signal.signal(number, signal.SIG_IGN)
-        # Nothing of the interpreter's own end may add to the line, and nothing that was half imported is there.
-        try:
-            os.write(2, b"ln-images: interrupted: what was linked stays, the next run does the rest\n")
-        finally:
-            os._exit(130)
+        _end()
 
 
 if __name__ == "__main__":

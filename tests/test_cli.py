@@ -386,6 +386,30 @@ def test_a_signal_at_any_moment_is_one_line(node: Node) -> None:
         assert ended in ((0, "", ""), (130, "", INTERRUPTED)), milliseconds
 
 
+UNRAISABLE = """
+import os, signal, weakref
+from ln_images import __main__, cli
+
+class Thing:
+    pass
+
+def main(**_):
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: [os.kill(os.getpid(), signal.SIGTERM), sum(range(1000))])
+    del thing
+    print("goes on")
+
+cli.main = main
+__main__.start()
+"""
+
+
+def test_a_signal_in_what_python_calls_when_an_object_dies_ends_the_run() -> None:
+    """Python drops an exception that is raised there: the run ends all the same, and says so in its one line."""
+    run = subprocess.run([sys.executable, "-c", UNRAISABLE], capture_output=True, text=True, timeout=30, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", INTERRUPTED)
+
+
 def test_under_nohup_the_end_of_a_session_ends_nothing(node: Node) -> None:
     """Where SIGHUP is ignored when the command starts, as nohup(1) has it, it stays so."""
     image = node.cloud.image("image", DATA)
