@@ -240,9 +240,9 @@ def _translated(service: str, error: Exception) -> LnImagesError:
 def _line(error: Exception) -> str:
     """What an exception says, as one line without the password that a URL may hold; of a long one, the cause."""
     text = re.sub(r"//[^/]*@", "//", " ".join(str(error).split())).rstrip(".")
-    causes = re.findall(r"\[Errno -?\d+\] ([^\[\]'\"()]+)", text)
+    causes = re.findall(r"\[(?:Errno -?\d+|SSL: \w+)\] ([^\[\]'\"()]+)", text)
     if causes:
-        return str(causes[-1])
+        return str(causes[-1]).rstrip()
     return text if len(text) <= _LINE else f"{text[:_LINE]}..."
 
 
@@ -252,16 +252,16 @@ def _bounded() -> "HTTPAdapter":
 
     class Bounded(TCPKeepAliveAdapter):
         def send(self, *args: Any, **kwargs: Any) -> Any:
-            answer = super().send(*args, **kwargs)
-            if answer.status_code in _BUSY:
-                wait = answer.headers.get("Retry-After", "")
-                hint = f", it asks to wait {wait} s" if wait.isascii() and wait.isdecimal() else ""
-                raise _BusyError(f"HTTP {answer.status_code}{hint}")
-            body = bytearray()
-            for chunk in answer.iter_content(65536):
-                body += chunk
-                if len(body) > _BODY_BYTES:
-                    raise _TooMuchError(f"an answer of more than {_BODY_BYTES >> 20} MiB")
+            with contextlib.closing(super().send(*args, **kwargs)) as answer:
+                if answer.status_code in _BUSY:
+                    wait = answer.headers.get("Retry-After", "")
+                    hint = f", it asks to wait {wait} s" if wait.isascii() and wait.isdecimal() else ""
+                    raise _BusyError(f"HTTP {answer.status_code}{hint}")
+                body = bytearray()
+                for chunk in answer.iter_content(65536):
+                    body += chunk
+                    if len(body) > _BODY_BYTES:
+                        raise _TooMuchError(f"an answer of more than {_BODY_BYTES >> 20} MiB")
             answer._content = bytes(body)
             return answer
 

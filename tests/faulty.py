@@ -185,6 +185,9 @@ class Authority:
         builder = (
             x509.CertificateBuilder(self._name, subject, key, x509.random_serial_number(), now - hour, now + hour)
             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+            .add_extension(x509.KeyUsage(not authority, *(False,) * 4, authority, *(False,) * 3), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .add_extension(
                 x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
             )
