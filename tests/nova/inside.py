@@ -1,9 +1,10 @@
 """``inside.py COMMAND``: runs a command as root on a machine of its own, of which nothing is left when it ends.
 
-The machine is a set of Linux namespaces: processes, mounts, network, host name. What is written below /etc, /run, /tmp
-and /var goes into memory, so that users, daemons and their files can be made with the paths that production has. When
-the command ends, or this program is ended however it may be, the kernel ends every process in there, and with them go
-the mounts. ``RIG_DIRECTORY`` names a directory on disk for what is too big for memory; it is removed in the end.
+The machine is a set of Linux namespaces: processes, mounts, network, host name. What is written below /etc, /run, /tmp,
+/var and at home goes into memory, so that users, daemons and their files can be made with the paths that production
+has. When the command ends, or this program is ended however it may be, the kernel ends every process in there, and
+with them go the mounts. ``RIG_DIRECTORY`` names a directory on disk for what is too big for memory; it is removed in
+the end.
 """
 
 import fcntl
@@ -88,7 +89,7 @@ def _write_in_memory() -> None:
     memory.mkdir()
     # Nova's user, too, must reach its Python and its programs, wherever they were installed.
     closed = {ancestor for path in (ROOT, Path(sys.base_prefix)) for ancestor in path.parents if _closed(ancestor)}
-    for path in sorted({Path("/etc"), Path("/tmp"), Path("/var")} | closed):
+    for path in sorted({Path("/etc"), Path("/tmp"), Path("/var"), Path.home()} | closed):
         upper, work = memory / f"upper{path}", memory / f"work{path}"
         for made in (upper, work):
             made.mkdir(parents=True)
