@@ -26,7 +26,7 @@ cloud: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed
 
 test: lint $(CLOUD)/installed
 	@tests/need.sh "command -v qemu-img" qemu-utils
-	@[ "$$(id -u)" != 0 ] || tests/need.sh "ls /sbin/mkfs.xfs" xfsprogs
+	@[ "$$(id -u)" != 0 ] || tests/need.sh "ls /sbin/mkfs.xfs /sbin/mkfs.ext4" xfsprogs e2fsprogs
 	$(VENV)/bin/coverage erase
 	$(VENV)/bin/coverage run $(PYTEST)
 	$(VENV)/bin/coverage combine --quiet
@@ -34,7 +34,7 @@ test: lint $(CLOUD)/installed
 
 test-module: $(VENV)/installed $(CLOUD)/installed
 	@tests/need.sh "command -v qemu-img" qemu-utils
-	@[ "$$(id -u)" != 0 ] || tests/need.sh "ls /sbin/mkfs.xfs" xfsprogs
+	@[ "$$(id -u)" != 0 ] || tests/need.sh "ls /sbin/mkfs.xfs /sbin/mkfs.ext4" xfsprogs e2fsprogs
 	$(VENV)/bin/python $(PYTEST) tests/test_$(MODULE).py $(if $(TESTS),-k "$(TESTS)")
 
 # Takes some minutes, as root: a Ceph cluster of Debian's packages in one directory.
