@@ -40,7 +40,7 @@ ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = "a0000000-0000-4000-8000-000000000000"
 NAME = cache_name(ID)
 DAY = 86400.0
-FILE = File(1, 11, stat.S_IFREG | 0o644, links=1, uid=0, gid=0, size=1000, changed=0.0, mark=ID)
+FILE = File(stat.S_IFREG | 0o644, 11, 1, links=1, uid=0, gid=0, size=1000, changed=0.0, mark=ID)
 LINKED, UNKNOWN, RETIRED = Base(NAME, ID, False, FILE), Base(NAME, "", False, FILE), Base(NAME, ID, True, FILE)
 
 
