@@ -167,34 +167,29 @@ class Disk:
         except OSError as error:
             return failure(error)
 
-    def move(self, base: Base, retired: bool) -> Verdict | None:
-        """Gives a base the name of a retired one, or its own back; None where that is done, else why it is not.
+    def carry_out(self, base: Base, verdict: Verdict) -> Verdict:
+        """Retires, restores or removes a base as ``verdict`` says; the verdict, or why it could not be.
 
-        It must still be exactly what was judged, and nothing is replaced.
+        It must still be exactly what was judged, nothing is replaced, and only what is retired is removed.
         """
-        old, new = (base.name, base.name + RETIRED) if retired else (base.name + RETIRED, base.name)
+        old, new = base.name + RETIRED, base.name
+        if verdict.outcome is Outcome.RETIRED:
+            old, new = new, old
         try:
             if self.entry(old) != base.file:
                 return Verdict(Outcome.KEPT, "it has changed since it was looked at")
-            if not retired and self._is_downloaded(new):
+            if verdict.outcome is Outcome.PRUNED:
+                os.unlink(old, dir_fd=self._cache)
+            elif verdict.outcome is Outcome.RESTORED and self._is_downloaded(new):
                 # The download would replace it.
                 return Verdict(Outcome.KEPT, "Nova is downloading it")
-            self._rename(old, new)
+            else:
+                self._rename(old, new)
         except FileExistsError:
             return Verdict(Outcome.KEPT, f"another file has the name {new}: keep the one that servers need")
         except OSError as error:
             return failure(error)
-        return None
-
-    def remove(self, base: Base) -> Verdict | None:
-        """Removes a retired base; None where that is done, else why it is not."""
-        try:
-            if not base.retired or self.entry(base.name + RETIRED) != base.file:
-                return Verdict(Outcome.KEPT, "it has changed since it was looked at")
-            os.unlink(base.name + RETIRED, dir_fd=self._cache)
-        except OSError as error:
-            return failure(error)
-        return None
+        return verdict
 
     @contextlib.contextmanager
     def opened(self, image_id: str) -> Iterator[int | None]:

@@ -87,8 +87,8 @@ class File(NamedTuple):
     """What one name in a directory stands for, never followed.
 
     Up to ``size`` in the order of ``os.stat_result``. ``mode`` is the whole ``st_mode``, type included; ``size`` is in
-    bytes; ``changed`` is the ctime, in seconds since the epoch. ``mark`` is the image id that this tool left on the inode, and ``marked_size`` the
-    size that the image had then, in bytes: both None where there is none.
+    bytes; ``changed`` is the ctime, in seconds since the epoch. ``mark`` is the image id that this tool left on the
+    inode, and ``marked_size`` the size that the image had then, in bytes: both None where there is none.
     """
 
     mode: int

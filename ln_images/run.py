@@ -47,7 +47,7 @@ class Passes:
     """
 
     def __init__(self, options: Options, connection: Connection, progress: Progress) -> None:
-        self._options, self._connection, self._progress = options, connection, progress
+        self._options, self._progress = options, progress
         self._glance = Glance(connection)
         self._entries: Mapping[str, File] = {}
         self._judged: dict[str, tuple[File, float, Result]] = {}
@@ -201,7 +201,7 @@ class Passes:
 
         cleaned: dict[Base, Verdict] = {}
         try:
-            for base, verdict in clean_up(self._options, self._connection, self._glance, disk, bases, images, now):
+            for base, verdict in clean_up(self._options, self._glance, disk, bases, images, now):
                 cleaned[base] = verdict
                 self._tell_of_change(_result(base, verdict))
         except LnImagesError as error:
