@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ln_images.plan import RAW_COPY
 _PREFIX = "ln_images_"
 # What only runs with --prune or --verify know: every other run leaves it alone.
 _OF_OTHER_RUNS = ("prune_", "verify_")
+_CLEAN_UP = (Outcome.RESTORED, Outcome.RETIRED, Outcome.PRUNED, Outcome.KEPT)
 
 
 class Textfile:
@@ -40,13 +42,21 @@ class Textfile:
         self._registry, self._images = self._client.CollectorRegistry(), None
         self._gauge("build_info", "Version of ln-images.", "version").labels(__version__).set(1)
         self._times("", "the last pass", status, now, before)
-        kept = {name: value for name, value in before.items() if name.startswith(_OF_OTHER_RUNS)}
-        if made is not None:
-            self._of_pass(made)
-            kept |= self._of_prune(made) | self._of_audit(made, now)
         if self._prune:
             self._times("prune_", "the last pass with --prune", status, now, before)
-            kept = {name: value for name, value in kept.items() if name not in _times("prune_")}
+        kept = {name: value for name, value in before.items() if name.startswith(_OF_OTHER_RUNS)}
+        if made is not None:
+            found = report.counts(made)
+            self._of_pass(made, found)
+            if self._prune:
+                kept |= {f"prune_{outcome}": found[outcome] for outcome in _CLEAN_UP}
+            if made.audit is not None:
+                kept |= {
+                    "verify_last_pass_timestamp_seconds": now,
+                    "verify_images": made.audit.images,
+                    "verify_without_checksum": made.audit.unverified,
+                    "verify_damaged": found[Outcome.DAMAGED],
+                }
         for name, value in kept.items():
             self._gauge(name, "Of the last pass with --prune, or with --verify.").set(value)
         self._save()
@@ -62,15 +72,17 @@ class Textfile:
         return self._client.Gauge(_PREFIX + name, text, labels, registry=self._registry)
 
     def _times(self, prefix: str, what: str, status: int, now: float, before: dict[str, float]) -> None:
-        exit_status, last, success = _times(prefix)
-        self._gauge(exit_status, f"Exit status of {what}.").set(status)
-        self._gauge(last, f"When {what} ended.").set(now)
-        self._gauge(success, f"When {what} ended whose exit status was 0, or 0.").set(
-            now if status == 0 else before.get(success, 0)
-        )
+        success = now if status == 0 else before.get(f"{prefix}last_success_timestamp_seconds", 0)
+        for name, text, value in (
+            ("exit_status", f"Exit status of {what}.", status),
+            ("last_pass_timestamp_seconds", f"When {what} ended.", now),
+            ("last_success_timestamp_seconds", f"When {what} ended whose exit status was 0, or 0.", success),
+        ):
+            self._gauge(prefix + name, text).set(value)
+            # What is told anew is not kept.
+            before.pop(prefix + name, None)
 
-    def _of_pass(self, made: Pass) -> None:
-        found = report.counts(made)
+    def _of_pass(self, made: Pass, found: Mapping[Outcome, int]) -> None:
         self._images = self._gauge("images", "Images by outcome.", "outcome")
         for outcome in Outcome:
             self._images.labels(outcome.value).set(found[outcome])
@@ -96,21 +108,6 @@ class Textfile:
         ):
             self._gauge(name, text).set(value)
 
-    def _of_prune(self, made: Pass) -> dict[str, float]:
-        outcomes = (Outcome.RESTORED, Outcome.RETIRED, Outcome.PRUNED, Outcome.KEPT)
-        found = report.counts(made)
-        return {f"prune_{outcome}": found[outcome] for outcome in outcomes} if self._prune else {}
-
-    def _of_audit(self, made: Pass, now: float) -> dict[str, float]:
-        if made.audit is None:
-            return {}
-        return {
-            "verify_last_pass_timestamp_seconds": now,
-            "verify_images": made.audit.images,
-            "verify_without_checksum": made.audit.unverified,
-            "verify_damaged": report.counts(made)[Outcome.DAMAGED],
-        }
-
     def _read(self) -> dict[str, float]:
         """The values of the file as it is, without their labels and the common beginning of their names."""
         found = {}
@@ -132,7 +129,3 @@ class Textfile:
             ) from None
         finally:
             os.umask(umask)
-
-
-def _times(prefix: str) -> tuple[str, str, str]:
-    return (f"{prefix}exit_status", f"{prefix}last_pass_timestamp_seconds", f"{prefix}last_success_timestamp_seconds")
