@@ -58,8 +58,6 @@ def _name_keystone(auth: Any) -> None:
     def asked(*args: Any, **kwargs: Any) -> Any:
         try:
             return ask(*args, **kwargs)  # type: ignore[misc]
-        except LnImagesError:
-            raise
         except Exception as error:
             raise _translated("Keystone", error) from None
 
@@ -198,8 +196,6 @@ def asking(service: str, seconds: float) -> Iterator[Callable[[], None]]:
     try:
         begin()
         yield begin
-    except LnImagesError:
-        raise
     except Exception as error:
         raise _translated(service, error) from None
     finally:
@@ -212,6 +208,8 @@ def _translated(service: str, error: Exception) -> LnImagesError:
     from glanceclient import exc
     from keystoneauth1 import exceptions
 
+    if isinstance(error, LnImagesError):
+        return error
     status = getattr(error, "http_status", None) or getattr(error, "code", None)
     said = f"HTTP {status}" if isinstance(status, int) and status else type(error).__name__
     if status in (401, 403) or (service == "Keystone" and status in (400, 404)):
@@ -229,7 +227,7 @@ def _translated(service: str, error: Exception) -> LnImagesError:
         return ConfigurationError(
             "the credentials lack something, such as a password: check clouds.yaml or your openrc"
         )
-    if isinstance(error, (_BusyError, _TooMuchError)):
+    if isinstance(error, _AnswerError):
         return TemporaryError(f"{service} cannot be asked: {error}: look at its log, the next pass asks again")
     told = (exceptions.ConnectFailure, exceptions.ConnectTimeout, exceptions.DiscoveryFailure)
     if isinstance(error, (*told, exc.CommunicationError, exc.InvalidEndpoint)):
@@ -256,21 +254,17 @@ def _bounded() -> "HTTPAdapter":
                 if answer.status_code in _BUSY:
                     wait = answer.headers.get("Retry-After", "")
                     hint = f", it asks to wait {wait} s" if wait.isascii() and wait.isdecimal() else ""
-                    raise _BusyError(f"HTTP {answer.status_code}{hint}")
+                    raise _AnswerError(f"HTTP {answer.status_code}{hint}")
                 body = bytearray()
                 for chunk in answer.iter_content(65536):
                     body += chunk
                     if len(body) > _BODY_BYTES:
-                        raise _TooMuchError(f"an answer of more than {_BODY_BYTES >> 20} MiB")
+                        raise _AnswerError(f"an answer of more than {_BODY_BYTES >> 20} MiB")
             answer._content = bytes(body)
             return answer
 
     return Bounded()
 
 
-class _BusyError(Exception):
-    """A service that will answer later."""
-
-
-class _TooMuchError(Exception):
-    """An answer that is none."""
+class _AnswerError(Exception):
+    """An answer that is none: the service is busy, or says too much."""
