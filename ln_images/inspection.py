@@ -29,13 +29,9 @@ _READ_BYTES = 4 * 1024 * 1024
 # What content may be found under each disk format. Raw disks may carry a partition table, hybrid ISOs
 # too, and QEMU reads kernels and ramdisks as raw. For every other format QEMU would have to convert a copy; and a
 # VMDK names other files in ways that no check here sees.
-_RAW = ({"raw"}, {"gpt"})
 _CONTENT: dict[str, tuple[set[str], ...]] = {
-    "raw": _RAW,
+    **dict.fromkeys(("raw", "ami", "ari", "aki"), ({"raw"}, {"gpt"})),
     "iso": ({"iso"}, {"iso", "gpt"}),
-    "ami": _RAW,
-    "ari": _RAW,
-    "aki": _RAW,
     "qcow2": ({"qcow2"},),
 }
 

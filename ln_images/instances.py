@@ -55,7 +55,7 @@ def _read_directory(directory: str, disks: Disks, errors: list[OSError]) -> bool
     for number, (path, servers, files, descriptor) in enumerate(os.fwalk(directory, onerror=errors.append)):
         if number == 0:
             for name in (*servers, *files):
-                if _is_link(descriptor, name):
+                if stat.S_ISLNK(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
                     disks.doubt = f"what {path}/{name} is backed by cannot be told"
             continue
         servers.clear()
@@ -68,10 +68,6 @@ def _read_directory(directory: str, disks: Disks, errors: list[OSError]) -> bool
         elif "disk" in found:
             disks.servers.add(server)
     return seen
-
-
-def _is_link(directory: int, name: str) -> bool:
-    return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
 
 
 def _read_disk(directory: int, path: str, name: str, disks: Disks) -> bool:
