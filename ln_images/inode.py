@@ -17,7 +17,6 @@ READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 MARK = "user.ln_images.image_id"
 SIZE_MARK = "user.ln_images.size"
 SERVER_MARK = "user.ln_images.server_id"
-_NO_MARKS = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP})
 # FS_IOC_FSGETXATTR and FS_XFLAG_PROJINHERIT of linux/fs.h, and the fields of struct fsxattr.
 _FSGETXATTR, _PROJINHERIT, _FSXATTR = 0x801C581F, 0x200, struct.Struct("=5I8x")
 
@@ -47,7 +46,7 @@ def mark(file: int | str, name: str) -> str | None:
     try:
         return os.getxattr(file, name).decode("ascii", "replace") or "?"
     except OSError as error:
-        if error.errno in _NO_MARKS:
+        if error.errno == errno.ENOTSUP:
             return UNMARKABLE
         if error.errno in (errno.ENODATA, errno.ENOENT):
             return None

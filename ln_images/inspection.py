@@ -82,9 +82,8 @@ def objection(descriptor: int, disk_format: str) -> str | None:
         probed = _probed(beginning[:_SECTOR].ljust(_SECTOR, b"\0"))
         names = set(found) if probed is None else found.keys() - {"raw"} | {probed}
         if names not in accepted:
-            found_names = " and ".join(sorted(names))
             mend = "upload it again as what it is, and delete this one"
-            return f"the content is {found_names}, Glance says {disk_format}: {mend}"
+            return f"the content is {' and '.join(sorted(names))}, Glance says {disk_format}: {mend}"
         if probed is not None and probed not in found:
             return f"{disk_format} of a kind that cannot be checked"
         if not decided:

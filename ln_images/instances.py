@@ -7,6 +7,7 @@ import stat
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ln_images.inode import opened
 from ln_images.inspection import QCOW2
@@ -16,7 +17,7 @@ from ln_images.model import ConfigurationError, TemporaryError
 _BACKING_NAME = 1023
 _SERVER_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NFS_SERVER = "/proc/fs/nfsd"
-_OPEN = re.compile(r"superblock: \"[0-9a-f]+:[0-9a-f]+:(\d+)\"")
+_OPEN = re.compile(rb'superblock: "[0-9a-f]+:[0-9a-f]+:(\d+)"')
 
 
 @dataclass
@@ -123,7 +124,7 @@ def open_inodes(server: str = _NFS_SERVER) -> frozenset[int]:
         for client in clients:
             try:
                 path = f"{server}/clients/{client}/states"
-                found.update(int(inode) for inode in _OPEN.findall(_text(path)))
+                found.update(int(inode) for inode in _OPEN.findall(Path(path).read_bytes()))
             except OSError as error:
                 # The client may have gone meanwhile: before the file was opened, or after (ENXIO).
                 if error.errno not in (errno.ENOENT, errno.ENXIO):
@@ -138,13 +139,8 @@ def open_inodes(server: str = _NFS_SERVER) -> frozenset[int]:
 
 
 def _refuse_grace(server: str) -> None:
-    if _text(f"{server}/v4_end_grace") != "Y\n" or _text(f"{server}/threads") == "0\n":
+    if Path(server, "v4_end_grace").read_bytes() != b"Y\n" or Path(server, "threads").read_bytes() == b"0\n":
         raise TemporaryError(
             "the NFS server here is stopped or was just started, and its clients have yet to say what they hold"
             f" open: nothing is pruned until its grace period is over, or {server}, if it is not used, unmounted"
         )
-
-
-def _text(path: str) -> str:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()

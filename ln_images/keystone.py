@@ -130,9 +130,6 @@ def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
         raise ConfigurationError("OS_AUTH_URL is no http or https URL: correct it in your openrc")
     try:
         return loader.load_from_options_getter(value)
-    except exceptions.MissingRequiredOptions as error:
-        names = [_variables(option)[0] for option in error.options]
-        raise ConfigurationError(f"{' and '.join(names)} not set: {_MEND}") from None
     except Exception as error:
         raise ConfigurationError(f"OS_AUTH_TYPE={auth_type}: {_line(error)}: check your openrc") from None
 

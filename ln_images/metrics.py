@@ -21,7 +21,6 @@ class Textfile:
 
     def __init__(self, path: str, prune: bool) -> None:
         try:
-            import prometheus_client
             import prometheus_client.parser
         except ImportError:
             raise ConfigurationError(

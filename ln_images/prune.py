@@ -176,10 +176,8 @@ def _gathered(
     servers, proof = nova.servers(glance.connection)
     disks = read_disks(options.instances_dirs)
     reasons = needed([*images, *unlisted], servers)
-    doubt = restless(servers) or disks.doubt
-    if not doubt and not proof and not options.instances_dirs:
-        doubt = _OLD_NOVA
-    doubt = doubt or _misnamed(servers, proof, listed, disk, disks)
+    old = "" if proof or options.instances_dirs else _OLD_NOVA
+    doubt = restless(servers) or disks.doubt or old or _misnamed(servers, proof, listed, disk, disks)
     return replace(known, needed=reasons, disks=disks, opened=open_inodes(), doubt=doubt)
 
 
