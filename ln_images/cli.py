@@ -203,7 +203,7 @@ def _print_report(made: Pass, status: int, options: Options) -> None:
     """The report on standard output. Under ``--quiet`` only JSON. One that cannot be written takes nothing away."""
     everything = options.verbose or options.full
     try:
-        if options.report_format == "json":
+        if options.format == "json":
             click.echo(json.dumps(report.document(made, status, everything)))
         elif not options.quiet:
             terminal = sys.stdout is not None and sys.stdout.isatty()

@@ -16,7 +16,6 @@ from ln_images.model import ConfigurationError, TemporaryError
 # The longest name that QEMU allows.
 _BACKING_NAME = 1023
 _SERVER_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_NFS_SERVER = "/proc/fs/nfsd"
 _OPEN = re.compile(rb'superblock: "[0-9a-f]+:[0-9a-f]+:(\d+)"')
 
 
@@ -106,7 +105,7 @@ def _backing_file(descriptor: int) -> bytes:
     return name
 
 
-def open_inodes(server: str = _NFS_SERVER) -> frozenset[int]:
+def open_inodes(server: str = "/proc/fs/nfsd") -> frozenset[int]:
     """The inodes that clients of this machine's kernel NFS server hold open; none where it serves none.
 
     It lists them by device and inode since Linux 5.3 (fs/nfsd/nfs4state.c). On btrfs the device there is not

@@ -23,7 +23,6 @@ _REQUESTS = 2
 _BODY_BYTES = 64 * 1024 * 1024
 _BUSY = (429, 503)
 _PLAIN_HTTP = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|record layer failure|wrong version number")
-_MEND = "`source admin-openrc` first, or give --os-cloud"
 # An application credential carries its scope; Keystone refuses one that is given beside it.
 _SCOPE = re.compile(r"system_scope|trust_id|(project|domain|project_domain)_(id|name)")
 
@@ -125,7 +124,7 @@ def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
     options = {option.dest: option for option in loader.get_options()}
     missing = _missing({dest: value(option) for dest, option in options.items()}, options)
     if missing:
-        raise ConfigurationError(f"{' and '.join(missing)} not set: {_MEND}")
+        raise ConfigurationError(f"{' and '.join(missing)} not set: `source admin-openrc` first, or give --os-cloud")
     if "auth_url" in options and not _is_url(str(value(options["auth_url"]))):
         raise ConfigurationError("OS_AUTH_URL is no http or https URL: correct it in your openrc")
     try:

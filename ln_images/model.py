@@ -53,7 +53,7 @@ class Options:
     instances_dirs: Sequence[str] = ()
     verify: bool = False
     dry_run: bool = False
-    report_format: str = "text"
+    format: str = "text"
     log_file: str | None = None
     metrics_file: str | None = None
     verbose: bool = False

@@ -146,8 +146,6 @@ OPTIONS: list[click.Parameter] = [
     _option(
         "--format [text|json]",
         "Report on standard output; json is one line a pass.",
-        "report_format",
-        envvar="LN_IMAGES_FORMAT",
         type=click.Choice(["text", "json"]),
         default="text",
     ),
