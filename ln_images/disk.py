@@ -108,10 +108,9 @@ class Disk:
     def entry(self, name: str) -> File | None:
         """What has a name in the cache."""
         try:
-            status = os.stat(name, dir_fd=self._cache, follow_symlinks=False)
+            return look_at(self._cache, name, os.stat(name, dir_fd=self._cache, follow_symlinks=False))
         except FileNotFoundError:
             return None
-        return look_at(self._cache, name, status)
 
     def server_of(self, name: str) -> str | None:
         """The server whose snapshot a base was linked from, where it was one."""

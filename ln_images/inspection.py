@@ -38,6 +38,7 @@ _CONTENT: dict[str, tuple[set[str], ...]] = {
 # These are never a server's disk: QEMU loads them without looking at their format.
 _NO_DISKS = frozenset({"aki", "ari"})
 
+# Patterns of what a first sector begins with.
 _MAGIC = {
     QCOW2: "qcow2",
     b"KDMV": "vmdk",
@@ -49,10 +50,10 @@ _MAGIC = {
     b"WithoutFreeSpace": "ploop",
     b"WithouFreSpacExt": "ploop",
     b"Bochs Virtual HD Image": "bochs",
-    b"#!/bin/sh\n#V2.0 Format\n": "cloop",
+    rb"#!/bin/sh\n#V2\.0 Format\n": "cloop",
+    rb".{64}\x7f\x10\xda\xbe": "vdi",
+    rb"(#[^\n]*\n| *\r?\n)*version=[123]\r?\n": "vmdk",
 }
-_VDI = b"\x7f\x10\xda\xbe"
-_VMDK_TEXT = re.compile(rb"(#[^\n]*\n| *\r?\n)*version=[123]\r?\n")
 
 _VIOLATIONS = {
     "backing_file": "with a backing file",
@@ -110,12 +111,7 @@ def _probed(sector: bytes) -> str | None:
     Nova has ``qemu-img info`` agree with its own check after a download, and so must this: QEMU opens what it
     believes to see, and a VMDK can name any file of the host (QEMU, ``vmdk_probe`` and its like in ``block/``).
     """
-    for magic, name in _MAGIC.items():
-        if sector.startswith(magic):
-            return name
-    if sector[64:68] == _VDI:
-        return "vdi"
-    return "vmdk" if _VMDK_TEXT.match(sector) else None
+    return next((name for magic, name in _MAGIC.items() if re.match(magic, sector, re.DOTALL)), None)
 
 
 def _names_data_file(descriptor: int) -> bool:
