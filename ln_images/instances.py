@@ -81,7 +81,7 @@ def _read_disk(directory: int, path: str, name: str, disks: Disks) -> bool:
             with opened(name, directory) as descriptor:
                 names = re.findall(r"[0-9a-f]{40}", _backing_file(descriptor).decode("latin-1"))
             disks.backed |= dict.fromkeys(names, f"{path}/{name}")
-    except (OSError, ValueError):
+    except (OSError, ValueError, struct.error):
         return False
     return True
 
@@ -89,13 +89,12 @@ def _read_disk(directory: int, path: str, name: str, disks: Disks) -> bool:
 def _backing_file(descriptor: int) -> bytes:
     """What a qcow2 disk names as its backing file; nothing where it has none, or is no qcow2 disk.
 
-    Raises ValueError where the header is cut short or says what cannot be (QEMU, ``docs/interop/qcow2.txt``).
+    Raises struct.error where the header is cut short, and ValueError where it says what cannot be (QEMU,
+    ``docs/interop/qcow2.txt``).
     """
     header = os.pread(descriptor, 20, 0)
     if not header.startswith(QCOW2):
         return b""
-    if len(header) < 20:
-        raise ValueError("the header is cut short")
     offset, size = struct.unpack_from(">QI", header, 8)
     if not offset:
         return b""
