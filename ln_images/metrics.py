@@ -13,7 +13,10 @@ from ln_images.plan import RAW_COPY
 _PREFIX = "ln_images_"
 # What only runs with --prune or --verify know: every other run leaves it alone.
 _OF_OTHER_RUNS = ("prune_", "verify_")
+_KEPT = "Of the last pass with --prune, or with --verify."
 _CLEAN_UP = (Outcome.RESTORED, Outcome.RETIRED, Outcome.PRUNED, Outcome.KEPT)
+# By name, what a value says, and the value.
+_Values = dict[str, tuple[str, float]]
 
 
 class Textfile:
@@ -40,24 +43,14 @@ class Textfile:
         before = self._read()
         self._registry, self._images = self._client.CollectorRegistry(), None
         self._gauge("build_info", "Version of ln-images.", "version").labels(__version__).set(1)
-        self._times("", "the last pass", status, now, before)
+        values = {name: (_KEPT, value) for name, value in before.items() if name.startswith(_OF_OTHER_RUNS)}
+        values |= _times("", "the last pass", status, now, before)
         if self._prune:
-            self._times("prune_", "the last pass with --prune", status, now, before)
-        kept = {name: value for name, value in before.items() if name.startswith(_OF_OTHER_RUNS)}
+            values |= _times("prune_", "the last pass with --prune", status, now, before)
         if made is not None:
-            found = report.counts(made)
-            self._of_pass(made, found)
-            if self._prune:
-                kept |= {f"prune_{outcome}": found[outcome] for outcome in _CLEAN_UP}
-            if made.audit is not None:
-                kept |= {
-                    "verify_last_pass_timestamp_seconds": now,
-                    "verify_images": made.audit.images,
-                    "verify_without_checksum": made.audit.unverified,
-                    "verify_damaged": found[Outcome.DAMAGED],
-                }
-        for name, value in kept.items():
-            self._gauge(name, "Of the last pass with --prune, or with --verify.").set(value)
+            values |= self._of_pass(made, now)
+        for name, (text, value) in values.items():
+            self._gauge(name, text).set(value)
         self._save()
 
     def add(self, narrow: Pass) -> None:
@@ -70,18 +63,9 @@ class Textfile:
     def _gauge(self, name: str, text: str, *labels: str) -> Any:
         return self._client.Gauge(_PREFIX + name, text, labels, registry=self._registry)
 
-    def _times(self, prefix: str, what: str, status: int, now: float, before: dict[str, float]) -> None:
-        success = now if status == 0 else before.get(f"{prefix}last_success_timestamp_seconds", 0)
-        for name, text, value in (
-            ("exit_status", f"Exit status of {what}.", status),
-            ("last_pass_timestamp_seconds", f"When {what} ended.", now),
-            ("last_success_timestamp_seconds", f"When {what} ended whose exit status was 0, or 0.", success),
-        ):
-            self._gauge(prefix + name, text).set(value)
-            # What is told anew is not kept.
-            before.pop(prefix + name, None)
-
-    def _of_pass(self, made: Pass, found: Mapping[Outcome, int]) -> None:
+    def _of_pass(self, made: Pass, now: float) -> _Values:
+        """The values of a pass; those that have labels are set."""
+        found = report.counts(made)
         self._images = self._gauge("images", "Images by outcome.", "outcome")
         for outcome in Outcome:
             self._images.labels(outcome.value).set(found[outcome])
@@ -94,18 +78,27 @@ class Textfile:
         raw = sum(result.verdict.reason == RAW_COPY for result in made.results)
         size, free, free_inodes = made.room
         uid, gid = made.directory
-        for name, text, value in (
-            ("unknown_files", "Files in the store that Glance does not know.", len(unknown)),
-            ("unknown_bytes", "Bytes of the files in the store that Glance does not know.", sum(unknown)),
-            ("occupied_raw", "Images whose name Nova's raw copy has.", raw),
-            ("pass_duration_seconds", "How long the last pass took.", made.duration),
-            ("cache_size_bytes", "Size of the cache's file system.", size),
-            ("cache_free_bytes", "Bytes free on the cache's file system.", free),
-            ("cache_free_inodes", "Inodes free on the cache's file system.", free_inodes),
-            ("cache_directory_uid", "Owner of the cache directory.", uid),
-            ("cache_directory_gid", "Group of the cache directory.", gid),
-        ):
-            self._gauge(name, text).set(value)
+        values: _Values = {
+            "unknown_files": ("Files in the store that Glance does not know.", len(unknown)),
+            "unknown_bytes": ("Bytes of the files in the store that Glance does not know.", sum(unknown)),
+            "occupied_raw": ("Images whose name Nova's raw copy has.", raw),
+            "pass_duration_seconds": ("How long the last pass took.", made.duration),
+            "cache_size_bytes": ("Size of the cache's file system.", size),
+            "cache_free_bytes": ("Bytes free on the cache's file system.", free),
+            "cache_free_inodes": ("Inodes free on the cache's file system.", free_inodes),
+            "cache_directory_uid": ("Owner of the cache directory.", uid),
+            "cache_directory_gid": ("Group of the cache directory.", gid),
+        }
+        if self._prune:
+            values |= {f"prune_{outcome}": (_KEPT, found[outcome]) for outcome in _CLEAN_UP}
+        if made.audit is not None:
+            values |= {
+                "verify_last_pass_timestamp_seconds": (_KEPT, now),
+                "verify_images": (_KEPT, made.audit.images),
+                "verify_without_checksum": (_KEPT, made.audit.unverified),
+                "verify_damaged": (_KEPT, found[Outcome.DAMAGED]),
+            }
+        return values
 
     def _read(self) -> dict[str, float]:
         """The values of the file as it is, without their labels and the common beginning of their names."""
@@ -128,3 +121,12 @@ class Textfile:
             ) from None
         finally:
             os.umask(umask)
+
+
+def _times(prefix: str, what: str, status: int, now: float, before: Mapping[str, float]) -> _Values:
+    success = f"{prefix}last_success_timestamp_seconds"
+    return {
+        f"{prefix}exit_status": (f"Exit status of {what}.", status),
+        f"{prefix}last_pass_timestamp_seconds": (f"When {what} ended.", now),
+        success: (f"When {what} ended whose exit status was 0, or 0.", now if status == 0 else before.get(success, 0)),
+    }
