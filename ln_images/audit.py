@@ -29,12 +29,8 @@ def audit(options: Options, glance: Glance, disk: Disk, progress: Progress) -> t
     images = [image for image in asked if disk.settle(image, rehearsal).outcome in _LINKS]
     checkable = [image for image in images if can_digest(image.checksum)]
     total = sum(image.size or 0 for image in checkable)
-    verdicts = {}
     with progress("Verifying", total) as step:
-        for image in checkable:
-            verdict = _verify(glance, disk, image, step)
-            if verdict is not None:
-                verdicts[image.id] = verdict
+        verdicts = {image.id: verdict for image in checkable if (verdict := _verify(glance, disk, image, step))}
     return Audit(len(checkable), len(images) - len(checkable), total, time.monotonic() - start), verdicts
 
 

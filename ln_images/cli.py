@@ -16,17 +16,7 @@ import click
 
 from ln_images import __version__, logs, report
 from ln_images.metrics import Textfile
-from ln_images.model import (
-    CHANGES,
-    FAULTS,
-    AnotherRunError,
-    ConfigurationError,
-    LnImagesError,
-    Options,
-    Outcome,
-    Pass,
-    TemporaryError,
-)
+from ln_images.model import CHANGES, FAULTS, AnotherRunError, LnImagesError, Options, Outcome, Pass, TemporaryError
 from ln_images.options import OPTIONS
 
 LOG = logging.getLogger(__name__)
@@ -181,7 +171,7 @@ class _Run:
                 self._textfile.add(made)
             else:
                 self._textfile.write(made, status, time.time())
-        except ConfigurationError as error:
+        except LnImagesError as error:
             self._note(error.exit_status)
             if str(error) != self._metrics_fault:
                 LOG.error("%s", error)
@@ -213,7 +203,7 @@ def _print_report(made: Pass, status: int, options: Options) -> None:
     """The report on standard output. Under ``--quiet`` only JSON. One that cannot be written takes nothing away."""
     everything = options.verbose or options.full
     try:
-        if options.report_format == "json":
+        if options.format == "json":
             click.echo(json.dumps(report.document(made, status, everything)))
         elif not options.quiet:
             terminal = sys.stdout is not None and sys.stdout.isatty()

@@ -12,18 +12,8 @@ import time
 from collections.abc import Iterator, Mapping
 
 from ln_images import inspection
-from ln_images.inode import MARK, SERVER_MARK, SIZE_MARK, look_at, mark, mount, opened, project, unmarked
-from ln_images.model import (
-    UNMARKABLE,
-    AnotherRunError,
-    Base,
-    ConfigurationError,
-    File,
-    Image,
-    Options,
-    Outcome,
-    Verdict,
-)
+from ln_images.inode import SERVER_MARK, look_at, mark, mend, mount, opened, project, unmarked
+from ln_images.model import AnotherRunError, Base, ConfigurationError, File, Image, Options, Outcome, Verdict
 from ln_images.plan import DOWNLOADS, RAW_COPY, cache_name, is_downloading, judge_files
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -118,10 +108,9 @@ class Disk:
     def entry(self, name: str) -> File | None:
         """What has a name in the cache."""
         try:
-            status = os.stat(name, dir_fd=self._cache, follow_symlinks=False)
+            return look_at(self._cache, name, os.stat(name, dir_fd=self._cache, follow_symlinks=False))
         except FileNotFoundError:
             return None
-        return look_at(self._cache, name, status)
 
     def server_of(self, name: str) -> str | None:
         """The server whose snapshot a base was linked from, where it was one."""
@@ -160,50 +149,44 @@ class Disk:
                     if objection:
                         return Verdict(Outcome.REFUSED, objection)
                 if not options.dry_run:
-                    self._mend(source, image, options)
+                    mend(source, image, options)
                     if verdict.outcome is Outcome.LINKED:
                         return self._link(source, image, options)
                 return verdict
         except OSError as error:
             return failure(error)
 
-    def move(self, base: Base, retired: bool) -> Verdict | None:
-        """Gives a base the name of a retired one, or its own back; None where that is done, else why it is not.
+    def carry_out(self, base: Base, verdict: Verdict) -> Verdict:
+        """Retires, restores or removes a base as ``verdict`` says; the verdict, or why it could not be.
 
-        It must still be exactly what was judged, and nothing is replaced.
+        It must still be exactly what was judged, nothing is replaced, and only what is retired is removed.
         """
-        old, new = (base.name, base.name + RETIRED) if retired else (base.name + RETIRED, base.name)
+        old, new = base.name + RETIRED, base.name
+        if verdict.outcome is Outcome.RETIRED:
+            old, new = new, old
         try:
             if self.entry(old) != base.file:
                 return Verdict(Outcome.KEPT, "it has changed since it was looked at")
-            if not retired and self._is_downloaded(new):
+            if verdict.outcome is Outcome.PRUNED:
+                os.unlink(old, dir_fd=self._cache)
+            elif verdict.outcome is Outcome.RESTORED and self._is_downloaded(new):
                 # The download would replace it.
                 return Verdict(Outcome.KEPT, "Nova is downloading it")
-            self._rename(old, new)
+            else:
+                self._rename(old, new)
         except FileExistsError:
             return Verdict(Outcome.KEPT, f"another file has the name {new}: keep the one that servers need")
         except OSError as error:
             return failure(error)
-        return None
-
-    def remove(self, base: Base) -> Verdict | None:
-        """Removes a retired base; None where that is done, else why it is not."""
-        try:
-            if not base.retired or self.entry(base.name + RETIRED) != base.file:
-                return Verdict(Outcome.KEPT, "it has changed since it was looked at")
-            os.unlink(base.name + RETIRED, dir_fd=self._cache)
-        except OSError as error:
-            return failure(error)
-        return None
+        return verdict
 
     @contextlib.contextmanager
     def opened(self, image_id: str) -> Iterator[int | None]:
         """Glance's file, open for reading, or None where there is none any more."""
         with contextlib.ExitStack() as stack:
-            try:
+            source = None
+            with contextlib.suppress(FileNotFoundError):
                 source = stack.enter_context(opened(image_id, self._images))
-            except FileNotFoundError:
-                source = None
             yield source
 
     def _judge(self, image: Image, source: File | None, options: Options) -> Verdict:
@@ -233,18 +216,6 @@ class Disk:
         if inherited and project(source)[0] != number:
             text = "which is not the images', and no hard link enters it: put both directories under one, or none"
             raise ConfigurationError(f"{self._cache_dir} is under a project quota (project {number}), {text}")
-
-    def _mend(self, source: int, image: Image, options: Options) -> None:
-        """Owner, mode and marks of the open inode, each only where it differs."""
-        status = os.fstat(source)
-        if (status.st_uid, status.st_gid) != options.owner:
-            os.fchown(source, *options.owner)
-        # After the owner, since a change of owner takes bits of the mode away.
-        if stat.S_IMODE(os.fstat(source).st_mode) != options.mode:
-            os.fchmod(source, options.mode)
-        for kind, value in ((MARK, image.id), (SIZE_MARK, str(status.st_size)), (SERVER_MARK, image.server)):
-            if value and mark(source, kind) not in (value, UNMARKABLE):
-                os.setxattr(source, kind, value.encode())
 
     def _link(self, source: int, image: Image, options: Options) -> Verdict:
         """Gives the open inode its cache name. Nothing is ever replaced: the kernel refuses a name that is taken."""

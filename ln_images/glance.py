@@ -22,10 +22,10 @@ _SERVER = "instance_uuid"
 
 
 class Glance:
-    """The image service of a connection."""
+    """The image service of a ``connection``."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        self.connection = connection
         self._known: Any = None
 
     def images(self, ids: Sequence[str] | None = None) -> list[Image]:
@@ -57,7 +57,7 @@ class Glance:
         from glanceclient import exc
 
         images = self._images()
-        with asking("Glance", self._connection.seconds), contextlib.suppress(exc.HTTPNotFound):
+        with asking("Glance", self.connection.seconds), contextlib.suppress(exc.HTTPNotFound):
             images.get(image_id)
             return False
         return True
@@ -75,7 +75,7 @@ class Glance:
     def _listed(self, at_most: int | None = None, **filters: str) -> dict[str, Image]:
         images = self._images()
         found: dict[str, Image] = {}
-        with asking("Glance", self._connection.seconds) as begin:
+        with asking("Glance", self.connection.seconds) as begin:
             images.http_client.begin = begin
             query = {"visibility": "all"} | filters
             for document in images.list(page_size=at_most or PAGE_SIZE, limit=at_most, filters=query):
@@ -88,7 +88,7 @@ class Glance:
     def _images(self) -> Any:
         """Glanceclient's images, behind a look at each page."""
         if self._known is None:
-            connection = self._connection
+            connection = self.connection
             chosen: dict[str, Any] = {"region_name": connection.region, "interface": connection.interface}
             with asking("Keystone", connection.seconds):
                 endpoint = connection.session.get_endpoint(service_type="image", **chosen)

@@ -1,4 +1,4 @@
-"""One inode: what a name stands for, its marks, its project, its mount."""
+"""One inode: what a name stands for, its owner, mode and marks, its project, its mount."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import stat
 import struct
 from collections.abc import Iterator
 
-from ln_images.model import UNMARKABLE, File
+from ln_images.model import UNMARKABLE, File, Image, Options
 
 # O_NOFOLLOW: a symbolic link is an error. O_NONBLOCK: a FIFO does not hold the run up.
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -17,7 +17,6 @@ READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 MARK = "user.ln_images.image_id"
 SIZE_MARK = "user.ln_images.size"
 SERVER_MARK = "user.ln_images.server_id"
-_NO_MARKS = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP})
 # FS_IOC_FSGETXATTR and FS_XFLAG_PROJINHERIT of linux/fs.h, and the fields of struct fsxattr.
 _FSGETXATTR, _PROJINHERIT, _FSXATTR = 0x801C581F, 0x200, struct.Struct("=5I8x")
 
@@ -47,28 +46,30 @@ def mark(file: int | str, name: str) -> str | None:
     try:
         return os.getxattr(file, name).decode("ascii", "replace") or "?"
     except OSError as error:
-        if error.errno in _NO_MARKS:
+        if error.errno == errno.ENOTSUP:
             return UNMARKABLE
         if error.errno in (errno.ENODATA, errno.ENOENT):
             return None
         raise
 
 
+def mend(source: int, image: Image, options: Options) -> None:
+    """Owner, mode and marks of the open inode, each only where it differs."""
+    status = os.fstat(source)
+    if (status.st_uid, status.st_gid) != options.owner:
+        os.fchown(source, *options.owner)
+    # After the owner, since a change of owner takes bits of the mode away.
+    if stat.S_IMODE(os.fstat(source).st_mode) != options.mode:
+        os.fchmod(source, options.mode)
+    for kind, value in ((MARK, image.id), (SIZE_MARK, str(status.st_size)), (SERVER_MARK, image.server)):
+        if value and mark(source, kind) not in (value, UNMARKABLE):
+            os.setxattr(source, kind, value.encode())
+
+
 def unmarked(status: os.stat_result, mark: str | None = None, marked_size: int | None = None) -> File:
     """The file of a status, without its marks unless they are given."""
     # Fields by place: by name it takes twice as long, for each entry of each pass.
-    return File(
-        status.st_dev,
-        status.st_ino,
-        status.st_mode,
-        status.st_nlink,
-        status.st_uid,
-        status.st_gid,
-        status.st_size,
-        status.st_ctime,
-        mark,
-        marked_size,
-    )
+    return File(*status[:7], status.st_ctime, mark, marked_size)
 
 
 def project(descriptor: int) -> tuple[int, bool]:

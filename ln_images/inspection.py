@@ -29,19 +29,16 @@ _READ_BYTES = 4 * 1024 * 1024
 # What content may be found under each disk format. Raw disks may carry a partition table, hybrid ISOs
 # too, and QEMU reads kernels and ramdisks as raw. For every other format QEMU would have to convert a copy; and a
 # VMDK names other files in ways that no check here sees.
-_RAW = ({"raw"}, {"gpt"})
 _CONTENT: dict[str, tuple[set[str], ...]] = {
-    "raw": _RAW,
+    **dict.fromkeys(("raw", "ami", "ari", "aki"), ({"raw"}, {"gpt"})),
     "iso": ({"iso"}, {"iso", "gpt"}),
-    "ami": _RAW,
-    "ari": _RAW,
-    "aki": _RAW,
     "qcow2": ({"qcow2"},),
 }
 
 # These are never a server's disk: QEMU loads them without looking at their format.
 _NO_DISKS = frozenset({"aki", "ari"})
 
+# Patterns of what a first sector begins with.
 _MAGIC = {
     QCOW2: "qcow2",
     b"KDMV": "vmdk",
@@ -53,10 +50,10 @@ _MAGIC = {
     b"WithoutFreeSpace": "ploop",
     b"WithouFreSpacExt": "ploop",
     b"Bochs Virtual HD Image": "bochs",
-    b"#!/bin/sh\n#V2.0 Format\n": "cloop",
+    rb"#!/bin/sh\n#V2\.0 Format\n": "cloop",
+    rb".{64}\x7f\x10\xda\xbe": "vdi",
+    rb"(#[^\n]*\n| *\r?\n)*version=[123]\r?\n": "vmdk",
 }
-_VDI = b"\x7f\x10\xda\xbe"
-_VMDK_TEXT = re.compile(rb"(#[^\n]*\n| *\r?\n)*version=[123]\r?\n")
 
 _VIOLATIONS = {
     "backing_file": "with a backing file",
@@ -86,9 +83,8 @@ def objection(descriptor: int, disk_format: str) -> str | None:
         probed = _probed(beginning[:_SECTOR].ljust(_SECTOR, b"\0"))
         names = set(found) if probed is None else found.keys() - {"raw"} | {probed}
         if names not in accepted:
-            found_names = " and ".join(sorted(names))
             mend = "upload it again as what it is, and delete this one"
-            return f"the content is {found_names}, Glance says {disk_format}: {mend}"
+            return f"the content is {' and '.join(sorted(names))}, Glance says {disk_format}: {mend}"
         if probed is not None and probed not in found:
             return f"{disk_format} of a kind that cannot be checked"
         if not decided:
@@ -115,12 +111,7 @@ def _probed(sector: bytes) -> str | None:
     Nova has ``qemu-img info`` agree with its own check after a download, and so must this: QEMU opens what it
     believes to see, and a VMDK can name any file of the host (QEMU, ``vmdk_probe`` and its like in ``block/``).
     """
-    for magic, name in _MAGIC.items():
-        if sector.startswith(magic):
-            return name
-    if sector[64:68] == _VDI:
-        return "vdi"
-    return "vmdk" if _VMDK_TEXT.match(sector) else None
+    return next((name for magic, name in _MAGIC.items() if re.match(magic, sector, re.DOTALL)), None)
 
 
 def _names_data_file(descriptor: int) -> bool:

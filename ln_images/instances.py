@@ -7,6 +7,7 @@ import stat
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ln_images.inode import opened
 from ln_images.inspection import QCOW2
@@ -15,8 +16,7 @@ from ln_images.model import ConfigurationError, TemporaryError
 # The longest name that QEMU allows.
 _BACKING_NAME = 1023
 _SERVER_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_NFS_SERVER = "/proc/fs/nfsd"
-_OPEN = re.compile(r"superblock: \"[0-9a-f]+:[0-9a-f]+:(\d+)\"")
+_OPEN = re.compile(rb'superblock: "[0-9a-f]+:[0-9a-f]+:(\d+)"')
 
 
 @dataclass
@@ -55,7 +55,7 @@ def _read_directory(directory: str, disks: Disks, errors: list[OSError]) -> bool
     for number, (path, servers, files, descriptor) in enumerate(os.fwalk(directory, onerror=errors.append)):
         if number == 0:
             for name in (*servers, *files):
-                if _is_link(descriptor, name):
+                if stat.S_ISLNK(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
                     disks.doubt = f"what {path}/{name} is backed by cannot be told"
             continue
         servers.clear()
@@ -70,10 +70,6 @@ def _read_directory(directory: str, disks: Disks, errors: list[OSError]) -> bool
     return seen
 
 
-def _is_link(directory: int, name: str) -> bool:
-    return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
-
-
 def _read_disk(directory: int, path: str, name: str, disks: Disks) -> bool:
     """Notes the cache names in the backing file of a disk; whether they could be told.
 
@@ -85,7 +81,7 @@ def _read_disk(directory: int, path: str, name: str, disks: Disks) -> bool:
             with opened(name, directory) as descriptor:
                 names = re.findall(r"[0-9a-f]{40}", _backing_file(descriptor).decode("latin-1"))
             disks.backed |= dict.fromkeys(names, f"{path}/{name}")
-    except (OSError, ValueError):
+    except (OSError, ValueError, struct.error):
         return False
     return True
 
@@ -93,13 +89,12 @@ def _read_disk(directory: int, path: str, name: str, disks: Disks) -> bool:
 def _backing_file(descriptor: int) -> bytes:
     """What a qcow2 disk names as its backing file; nothing where it has none, or is no qcow2 disk.
 
-    Raises ValueError where the header is cut short or says what cannot be (QEMU, ``docs/interop/qcow2.txt``).
+    Raises struct.error where the header is cut short, and ValueError where it says what cannot be (QEMU,
+    ``docs/interop/qcow2.txt``).
     """
     header = os.pread(descriptor, 20, 0)
     if not header.startswith(QCOW2):
         return b""
-    if len(header) < 20:
-        raise ValueError("the header is cut short")
     offset, size = struct.unpack_from(">QI", header, 8)
     if not offset:
         return b""
@@ -109,7 +104,7 @@ def _backing_file(descriptor: int) -> bytes:
     return name
 
 
-def open_inodes(server: str = _NFS_SERVER) -> frozenset[int]:
+def open_inodes(server: str = "/proc/fs/nfsd") -> frozenset[int]:
     """The inodes that clients of this machine's kernel NFS server hold open; none where it serves none.
 
     It lists them by device and inode since Linux 5.3 (fs/nfsd/nfs4state.c). On btrfs the device there is not
@@ -127,7 +122,7 @@ def open_inodes(server: str = _NFS_SERVER) -> frozenset[int]:
         for client in clients:
             try:
                 path = f"{server}/clients/{client}/states"
-                found.update(int(inode) for inode in _OPEN.findall(_text(path)))
+                found.update(int(inode) for inode in _OPEN.findall(Path(path).read_bytes()))
             except OSError as error:
                 # The client may have gone meanwhile: before the file was opened, or after (ENXIO).
                 if error.errno not in (errno.ENOENT, errno.ENXIO):
@@ -142,13 +137,8 @@ def open_inodes(server: str = _NFS_SERVER) -> frozenset[int]:
 
 
 def _refuse_grace(server: str) -> None:
-    if _text(f"{server}/v4_end_grace") != "Y\n" or _text(f"{server}/threads") == "0\n":
+    if Path(server, "v4_end_grace").read_bytes() != b"Y\n" or Path(server, "threads").read_bytes() == b"0\n":
         raise TemporaryError(
             "the NFS server here is stopped or was just started, and its clients have yet to say what they hold"
             f" open: nothing is pruned until its grace period is over, or {server}, if it is not used, unmounted"
         )
-
-
-def _text(path: str) -> str:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()

@@ -23,7 +23,6 @@ _REQUESTS = 2
 _BODY_BYTES = 64 * 1024 * 1024
 _BUSY = (429, 503)
 _PLAIN_HTTP = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|record layer failure|wrong version number")
-_MEND = "`source admin-openrc` first, or give --os-cloud"
 # An application credential carries its scope; Keystone refuses one that is given beside it.
 _SCOPE = re.compile(r"system_scope|trust_id|(project|domain|project_domain)_(id|name)")
 
@@ -58,8 +57,6 @@ def _name_keystone(auth: Any) -> None:
     def asked(*args: Any, **kwargs: Any) -> Any:
         try:
             return ask(*args, **kwargs)  # type: ignore[misc]
-        except LnImagesError:
-            raise
         except Exception as error:
             raise _translated("Keystone", error) from None
 
@@ -127,14 +124,11 @@ def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
     options = {option.dest: option for option in loader.get_options()}
     missing = _missing({dest: value(option) for dest, option in options.items()}, options)
     if missing:
-        raise ConfigurationError(f"{' and '.join(missing)} not set: {_MEND}")
+        raise ConfigurationError(f"{' and '.join(missing)} not set: `source admin-openrc` first, or give --os-cloud")
     if "auth_url" in options and not _is_url(str(value(options["auth_url"]))):
         raise ConfigurationError("OS_AUTH_URL is no http or https URL: correct it in your openrc")
     try:
         return loader.load_from_options_getter(value)
-    except exceptions.MissingRequiredOptions as error:
-        names = [_variables(option)[0] for option in error.options]
-        raise ConfigurationError(f"{' and '.join(names)} not set: {_MEND}") from None
     except Exception as error:
         raise ConfigurationError(f"OS_AUTH_TYPE={auth_type}: {_line(error)}: check your openrc") from None
 
@@ -198,8 +192,6 @@ def asking(service: str, seconds: float) -> Iterator[Callable[[], None]]:
     try:
         begin()
         yield begin
-    except LnImagesError:
-        raise
     except Exception as error:
         raise _translated(service, error) from None
     finally:
@@ -212,6 +204,8 @@ def _translated(service: str, error: Exception) -> LnImagesError:
     from glanceclient import exc
     from keystoneauth1 import exceptions
 
+    if isinstance(error, LnImagesError):
+        return error
     status = getattr(error, "http_status", None) or getattr(error, "code", None)
     said = f"HTTP {status}" if isinstance(status, int) and status else type(error).__name__
     if status in (401, 403) or (service == "Keystone" and status in (400, 404)):
@@ -229,7 +223,7 @@ def _translated(service: str, error: Exception) -> LnImagesError:
         return ConfigurationError(
             "the credentials lack something, such as a password: check clouds.yaml or your openrc"
         )
-    if isinstance(error, (_BusyError, _TooMuchError)):
+    if isinstance(error, _AnswerError):
         return TemporaryError(f"{service} cannot be asked: {error}: look at its log, the next pass asks again")
     told = (exceptions.ConnectFailure, exceptions.ConnectTimeout, exceptions.DiscoveryFailure)
     if isinstance(error, (*told, exc.CommunicationError, exc.InvalidEndpoint)):
@@ -256,21 +250,17 @@ def _bounded() -> "HTTPAdapter":
                 if answer.status_code in _BUSY:
                     wait = answer.headers.get("Retry-After", "")
                     hint = f", it asks to wait {wait} s" if wait.isascii() and wait.isdecimal() else ""
-                    raise _BusyError(f"HTTP {answer.status_code}{hint}")
+                    raise _AnswerError(f"HTTP {answer.status_code}{hint}")
                 body = bytearray()
                 for chunk in answer.iter_content(65536):
                     body += chunk
                     if len(body) > _BODY_BYTES:
-                        raise _TooMuchError(f"an answer of more than {_BODY_BYTES >> 20} MiB")
+                        raise _AnswerError(f"an answer of more than {_BODY_BYTES >> 20} MiB")
             answer._content = bytes(body)
             return answer
 
     return Bounded()
 
 
-class _BusyError(Exception):
-    """A service that will answer later."""
-
-
-class _TooMuchError(Exception):
-    """An answer that is none."""
+class _AnswerError(Exception):
+    """An answer that is none: the service is busy, or says too much."""

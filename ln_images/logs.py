@@ -11,7 +11,6 @@ from ln_images.report import printable
 
 _OURS = logging.getLogger("ln_images")
 LOG = logging.getLogger(__name__)
-_BYTES, _FILES = 1024 * 1024, 5
 
 
 def to_stderr() -> None:
@@ -40,7 +39,7 @@ def set_up(log_file: str | None, verbose: bool, quiet: bool) -> int:
     if log_file is None:
         return 0
     try:
-        handler = _File(log_file, maxBytes=_BYTES, backupCount=_FILES, encoding="utf-8", errors="backslashreplace")
+        handler = _File(log_file, maxBytes=2**20, backupCount=5, encoding="utf-8", errors="backslashreplace")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ConfigurationError(
             f"--log-file {log_file}: {error.strerror}: name a file in a directory that exists"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from ln_images.plan import RAW_COPY
 _PREFIX = "ln_images_"
 # What only runs with --prune or --verify know: every other run leaves it alone.
 _OF_OTHER_RUNS = ("prune_", "verify_")
+_KEPT = "Of the last pass with --prune, or with --verify."
+_CLEAN_UP = (Outcome.RESTORED, Outcome.RETIRED, Outcome.PRUNED, Outcome.KEPT)
+# By name, what a value says, and the value.
+_Values = dict[str, tuple[str, float]]
 
 
 class Textfile:
@@ -19,7 +24,6 @@ class Textfile:
 
     def __init__(self, path: str, prune: bool) -> None:
         try:
-            import prometheus_client
             import prometheus_client.parser
         except ImportError:
             raise ConfigurationError(
@@ -39,16 +43,14 @@ class Textfile:
         before = self._read()
         self._registry, self._images = self._client.CollectorRegistry(), None
         self._gauge("build_info", "Version of ln-images.", "version").labels(__version__).set(1)
-        self._times("", "the last pass", status, now, before)
-        kept = {name: value for name, value in before.items() if name.startswith(_OF_OTHER_RUNS)}
-        if made is not None:
-            self._of_pass(made)
-            kept |= self._of_prune(made) | self._of_audit(made, now)
+        values = {name: (_KEPT, value) for name, value in before.items() if name.startswith(_OF_OTHER_RUNS)}
+        values |= _times("", "the last pass", status, now, before)
         if self._prune:
-            self._times("prune_", "the last pass with --prune", status, now, before)
-            kept = {name: value for name, value in kept.items() if name not in _times("prune_")}
-        for name, value in kept.items():
-            self._gauge(name, "Of the last pass with --prune, or with --verify.").set(value)
+            values |= _times("prune_", "the last pass with --prune", status, now, before)
+        if made is not None:
+            values |= self._of_pass(made, now)
+        for name, (text, value) in values.items():
+            self._gauge(name, text).set(value)
         self._save()
 
     def add(self, narrow: Pass) -> None:
@@ -61,15 +63,8 @@ class Textfile:
     def _gauge(self, name: str, text: str, *labels: str) -> Any:
         return self._client.Gauge(_PREFIX + name, text, labels, registry=self._registry)
 
-    def _times(self, prefix: str, what: str, status: int, now: float, before: dict[str, float]) -> None:
-        exit_status, last, success = _times(prefix)
-        self._gauge(exit_status, f"Exit status of {what}.").set(status)
-        self._gauge(last, f"When {what} ended.").set(now)
-        self._gauge(success, f"When {what} ended whose exit status was 0, or 0.").set(
-            now if status == 0 else before.get(success, 0)
-        )
-
-    def _of_pass(self, made: Pass) -> None:
+    def _of_pass(self, made: Pass, now: float) -> _Values:
+        """The values of a pass; those that have labels are set."""
         found = report.counts(made)
         self._images = self._gauge("images", "Images by outcome.", "outcome")
         for outcome in Outcome:
@@ -83,33 +78,27 @@ class Textfile:
         raw = sum(result.verdict.reason == RAW_COPY for result in made.results)
         size, free, free_inodes = made.room
         uid, gid = made.directory
-        for name, text, value in (
-            ("unknown_files", "Files in the store that Glance does not know.", len(unknown)),
-            ("unknown_bytes", "Bytes of the files in the store that Glance does not know.", sum(unknown)),
-            ("occupied_raw", "Images whose name Nova's raw copy has.", raw),
-            ("pass_duration_seconds", "How long the last pass took.", made.duration),
-            ("cache_size_bytes", "Size of the cache's file system.", size),
-            ("cache_free_bytes", "Bytes free on the cache's file system.", free),
-            ("cache_free_inodes", "Inodes free on the cache's file system.", free_inodes),
-            ("cache_directory_uid", "Owner of the cache directory.", uid),
-            ("cache_directory_gid", "Group of the cache directory.", gid),
-        ):
-            self._gauge(name, text).set(value)
-
-    def _of_prune(self, made: Pass) -> dict[str, float]:
-        outcomes = (Outcome.RESTORED, Outcome.RETIRED, Outcome.PRUNED, Outcome.KEPT)
-        found = report.counts(made)
-        return {f"prune_{outcome}": found[outcome] for outcome in outcomes} if self._prune else {}
-
-    def _of_audit(self, made: Pass, now: float) -> dict[str, float]:
-        if made.audit is None:
-            return {}
-        return {
-            "verify_last_pass_timestamp_seconds": now,
-            "verify_images": made.audit.images,
-            "verify_without_checksum": made.audit.unverified,
-            "verify_damaged": report.counts(made)[Outcome.DAMAGED],
+        values: _Values = {
+            "unknown_files": ("Files in the store that Glance does not know.", len(unknown)),
+            "unknown_bytes": ("Bytes of the files in the store that Glance does not know.", sum(unknown)),
+            "occupied_raw": ("Images whose name Nova's raw copy has.", raw),
+            "pass_duration_seconds": ("How long the last pass took.", made.duration),
+            "cache_size_bytes": ("Size of the cache's file system.", size),
+            "cache_free_bytes": ("Bytes free on the cache's file system.", free),
+            "cache_free_inodes": ("Inodes free on the cache's file system.", free_inodes),
+            "cache_directory_uid": ("Owner of the cache directory.", uid),
+            "cache_directory_gid": ("Group of the cache directory.", gid),
         }
+        if self._prune:
+            values |= {f"prune_{outcome}": (_KEPT, found[outcome]) for outcome in _CLEAN_UP}
+        if made.audit is not None:
+            values |= {
+                "verify_last_pass_timestamp_seconds": (_KEPT, now),
+                "verify_images": (_KEPT, made.audit.images),
+                "verify_without_checksum": (_KEPT, made.audit.unverified),
+                "verify_damaged": (_KEPT, found[Outcome.DAMAGED]),
+            }
+        return values
 
     def _read(self) -> dict[str, float]:
         """The values of the file as it is, without their labels and the common beginning of their names."""
@@ -134,5 +123,10 @@ class Textfile:
             os.umask(umask)
 
 
-def _times(prefix: str) -> tuple[str, str, str]:
-    return (f"{prefix}exit_status", f"{prefix}last_pass_timestamp_seconds", f"{prefix}last_success_timestamp_seconds")
+def _times(prefix: str, what: str, status: int, now: float, before: Mapping[str, float]) -> _Values:
+    success = f"{prefix}last_success_timestamp_seconds"
+    return {
+        f"{prefix}exit_status": (f"Exit status of {what}.", status),
+        f"{prefix}last_pass_timestamp_seconds": (f"When {what} ended.", now),
+        success: (f"When {what} ended whose exit status was 0, or 0.", now if status == 0 else before.get(success, 0)),
+    }

@@ -53,7 +53,7 @@ class Options:
     instances_dirs: Sequence[str] = ()
     verify: bool = False
     dry_run: bool = False
-    report_format: str = "text"
+    format: str = "text"
     log_file: str | None = None
     metrics_file: str | None = None
     verbose: bool = False
@@ -86,14 +86,14 @@ UNMARKABLE = ""
 class File(NamedTuple):
     """What one name in a directory stands for, never followed.
 
-    ``mode`` is the whole ``st_mode``, type included; ``size`` is in bytes; ``changed`` is the ctime, in
-    seconds since the epoch. ``mark`` is the image id that this tool left on the inode, and ``marked_size`` the
-    size that the image had then, in bytes: both None where there is none.
+    Up to ``size`` in the order of ``os.stat_result``. ``mode`` is the whole ``st_mode``, type included; ``size`` is in
+    bytes; ``changed`` is the ctime, in seconds since the epoch. ``mark`` is the image id that this tool left on the
+    inode, and ``marked_size`` the size that the image had then, in bytes: both None where there is none.
     """
 
-    device: int
-    inode: int
     mode: int
+    inode: int
+    device: int
     links: int
     uid: int
     gid: int

@@ -3,14 +3,14 @@
 import grp
 import pwd
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from ln_images.model import DISK_FORMATS, ConfigurationError
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # What chown(2) takes for "leave it".
 _NO_ID = 2**32 - 1
 _USER_MEND = (
@@ -20,10 +20,7 @@ _USER_MEND = (
 
 
 class _Seconds(click.FloatRange):
-    """A length of time that a clock can be set to: nan is in no range, and passes every comparison."""
-
-    def __init__(self) -> None:
-        super().__init__(min=0, max=_SECONDS["d"], min_open=True)
+    """A number of seconds: nan is in no range, and passes every comparison."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         seconds = super().convert(value, param, ctx)
@@ -32,24 +29,27 @@ class _Seconds(click.FloatRange):
         return seconds
 
 
-def _disk_formats(_context: click.Context, _option: click.Parameter, values: Sequence[str]) -> tuple[str, ...]:
-    for value in values:
-        if value.lower() not in DISK_FORMATS:
-            raise click.BadParameter(
-                f"{value!r} is none of {', '.join(DISK_FORMATS)}: QEMU would have to convert any other, and a VMDK can"
-                " name files of the host"
-            )
-    return tuple(value.lower() for value in values)
+# Lengths of time that a clock can be set to.
+_LENGTH = _Seconds(min=0, max=_UNITS["d"], min_open=True)
 
 
-def _duration(_context: click.Context, _option: click.Parameter, value: str) -> int:
+def _disk_format(value: str) -> str:
+    if value.lower() not in DISK_FORMATS:
+        raise click.BadParameter(
+            f"{value!r} is none of {', '.join(DISK_FORMATS)}: QEMU would have to convert any other, and a VMDK can"
+            " name files of the host"
+        )
+    return value.lower()
+
+
+def _duration(value: str) -> int:
     found = re.fullmatch(r"([0-9]{1,9})([smhd])", value)
     if found is None:
         raise click.BadParameter(f"{value!r} is not a duration with its unit, such as 90s, 30m, 24h or 7d")
-    return int(found[1]) * _SECONDS[found[2]]
+    return int(found[1]) * _UNITS[found[2]]
 
 
-def _mode(_context: click.Context, _option: click.Parameter, value: str) -> int:
+def _mode(value: str) -> int:
     if not re.fullmatch("0?[0-7]{1,3}", value):
         raise click.BadParameter(f"{value!r} is not an octal mode from 0000 to 0777")
     mode = int(value, 8)
@@ -60,7 +60,7 @@ def _mode(_context: click.Context, _option: click.Parameter, value: str) -> int:
     return mode
 
 
-def _owner(_context: click.Context, _option: click.Parameter, value: str) -> tuple[int, int]:
+def _owner(value: str) -> tuple[int, int]:
     """The uid and gid that ``USER[:GROUP]`` stands for, names or numbers, as chown(1) reads it."""
     user, _, group = value.partition(":")
     uid = _id("user", user, lambda: pwd.getpwnam(user).pw_uid, _USER_MEND)
@@ -81,94 +81,76 @@ def _id(kind: str, name: str, find: Callable[[], int], mend: str) -> int:
         raise ConfigurationError(f"--owner: there is no {kind} {name!r} here: {mend}") from None
 
 
-def _option(*names: str, **attributes: Any) -> click.Option:
-    return click.Option(names, show_default=True, **attributes)
+def _option(usage: str, text: str, *name: str, **attributes: Any) -> click.Option:
+    """An option as ``--help`` shows it, and its name in Options where that is another. Without a value it is a flag."""
+    flags, _, metavar = usage.partition(" ")
+    if not metavar:
+        attributes["is_flag"] = True
+    return click.Option((*flags.split(","), *name), metavar=metavar or None, help=text, show_default=True, **attributes)
 
 
 OPTIONS: list[click.Parameter] = [
-    _option("--images-dir", metavar="DIR", default="/var/lib/glance/images", help="Glance's filesystem store."),
+    _option("--images-dir DIR", "Glance's filesystem store.", default="/var/lib/glance/images"),
+    _option("--cache-dir DIR", "What the compute nodes mount as Nova's _base.", default="/var/lib/glance/imagecache"),
     _option(
-        "--cache-dir",
-        metavar="DIR",
-        default="/var/lib/glance/imagecache",
-        help="What the compute nodes mount as Nova's _base.",
-    ),
-    _option(
-        "--owner",
-        metavar="USER[:GROUP]",
+        "--owner USER[:GROUP]",
+        "Owner of the links; names or numbers. Without a group, the user's own.",
+        type=_owner,
         default="qemu:qemu",
-        callback=_owner,
-        help="Owner of the links; names or numbers. Without a group, the user's own.",
     ),
+    _option("--mode OCTAL", "Mode of the links: everybody reads, others do not write.", type=_mode, default="0644"),
     _option(
-        "--mode",
-        metavar="OCTAL",
-        default="0644",
-        callback=_mode,
-        help="Mode of the links: everybody reads, others do not write.",
-    ),
-    _option(
-        "--disk-format",
+        "--disk-format NAME",
+        "Formats to link; repeatable.",
         "disk_formats",
         envvar="LN_IMAGES_DISK_FORMAT",
-        metavar="NAME",
+        type=_disk_format,
         multiple=True,
         default=DISK_FORMATS,
-        callback=_disk_formats,
-        help="Formats to link; repeatable.",
     ),
     _option(
-        "--os-cloud",
-        metavar="NAME",
+        "--os-cloud NAME",
+        "A clouds.yaml entry; needs ln-images[clouds]. Otherwise OS_* from the environment.",
         envvar=["LN_IMAGES_OS_CLOUD", "OS_CLOUD"],
-        help="A clouds.yaml entry; needs ln-images[clouds]. Otherwise OS_* from the environment.",
     ),
-    _option("--timeout", metavar="SECONDS", type=_Seconds(), default=30, help="For each HTTP request."),
-    _option("--full", is_flag=True, help="Ask Glance about every image, not just those not yet linked."),
+    _option("--timeout SECONDS", "For each HTTP request.", type=_LENGTH, default=30),
+    _option("--full", "Ask Glance about every image, not just those not yet linked."),
     _option(
-        "--every",
-        metavar="SECONDS",
-        type=_Seconds(),
-        help="Repeat the pass in one process, and react at once to what Glance finishes.",
+        "--every SECONDS", "Repeat the pass in one process, and react at once to what Glance finishes.", type=_LENGTH
     ),
     _option(
-        "--for",
+        "--for SECONDS",
+        "End the repeating in time; for crontab lines that start once a minute.",
         "for_seconds",
         envvar="LN_IMAGES_FOR",
-        metavar="SECONDS",
-        type=_Seconds(),
-        help="End the repeating in time; for crontab lines that start once a minute.",
+        type=_LENGTH,
     ),
-    _option("--prune", is_flag=True, help="Also retire, and later remove, bases that nothing needs."),
+    _option("--prune", "Also retire, and later remove, bases that nothing needs."),
     _option(
-        "--prune-after",
-        metavar="DURATION",
+        "--prune-after DURATION",
+        "How long nothing must have used a base, until it is retired and again until it is removed.",
+        type=_duration,
         default="24h",
-        callback=_duration,
-        help="How long nothing must have used a base, until it is retired and again until it is removed.",
     ),
-    _option("--prune-unmarked", is_flag=True, help="With --prune: also bases that this command did not link."),
+    _option("--prune-unmarked", "With --prune: also bases that this command did not link."),
     _option(
-        "--instances-dir",
+        "--instances-dir DIR",
+        "Instance disks whose backing files are never pruned; repeatable.",
         "instances_dirs",
         envvar="LN_IMAGES_INSTANCES_DIR",
-        metavar="DIR",
         type=click.Path(exists=True, file_okay=False),
         multiple=True,
-        help="Instance disks whose backing files are never pruned; repeatable.",
     ),
-    _option("--verify", is_flag=True, help="Also read each linked image and compare it with Glance's checksum."),
-    _option("-n", "--dry-run", is_flag=True, help="Say what would be done; touch nothing."),
+    _option("--verify", "Also read each linked image and compare it with Glance's checksum."),
+    _option("-n,--dry-run", "Say what would be done; touch nothing."),
     _option(
-        "--format",
-        "report_format",
-        envvar="LN_IMAGES_FORMAT",
+        "--format [text|json]",
+        "Report on standard output; json is one line a pass.",
         type=click.Choice(["text", "json"]),
         default="text",
-        help="Report on standard output; json is one line a pass.",
     ),
-    _option("--log-file", metavar="PATH", help="Rotating log, 1 MiB x 5."),
-    _option("--metrics-file", metavar="PATH", help="Prometheus textfile; needs ln-images[metrics]."),
-    _option("-v", "--verbose", is_flag=True, help="List present images too, and say more."),
-    _option("-q", "--quiet", is_flag=True, help="Errors only."),
+    _option("--log-file PATH", "Rotating log, 1 MiB x 5."),
+    _option("--metrics-file PATH", "Prometheus textfile; needs ln-images[metrics]."),
+    _option("-v,--verbose", "List present images too, and say more."),
+    _option("-q,--quiet", "Errors only."),
 ]

@@ -29,14 +29,8 @@ RAW_COPY = "Nova's raw copy has the cache name: set force_raw_images = False on 
 
 IN_FLIGHT = frozenset({"queued", "saving", "uploading", "importing"})
 
-_KINDS = {
-    stat.S_IFLNK: "a symbolic link",
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+# By the letter that `ls -l` begins a line with.
+_KINDS = {"l": "a symbolic link", "d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
 
 
 def is_image_id(text: str) -> bool:
@@ -128,7 +122,7 @@ def judge_files(image: Image, source: File | None, entry: File | None, options: 
     if source is None:
         return Verdict(Outcome.WAITING, copying) if copying else Verdict(Outcome.SKIPPED, "no file here")
     if not stat.S_ISREG(source.mode):
-        return Verdict(Outcome.REFUSED, f"the file is {_KINDS.get(stat.S_IFMT(source.mode), 'not regular')}")
+        return Verdict(Outcome.REFUSED, f"the file is {_KINDS.get(stat.filemode(source.mode)[0], 'not regular')}")
     size = image.size or 0
     if source.size != size and entry is not None and entry.same(source) and not copying:
         return Verdict(Outcome.DAMAGED, f"the linked file has {source.size} of {size} bytes: see docs/recovery.md")
@@ -175,14 +169,12 @@ def _is_right(entry: File, ids: Collection[str], options: Options) -> bool:
 
 def _difference(image: Image, source: File, entry: File) -> Verdict:
     if not stat.S_ISREG(entry.mode):
-        kind = _KINDS.get(stat.S_IFMT(entry.mode), "not a regular file")
+        kind = _KINDS.get(stat.filemode(entry.mode)[0], "not a regular file")
         return Verdict(Outcome.OCCUPIED, f"the cache name is {kind}")
     if entry.mark == image.id:
         name = cache_name(image.id)
-        return Verdict(
-            Outcome.FAILED,
-            f"servers get an earlier image of this id: in the cache, `mv {name} {name}.retired`, and run again",
-        )
+        mend = f"in the cache, `mv {name} {name}.retired`, and run again"
+        return Verdict(Outcome.FAILED, f"servers get an earlier image of this id: {mend}")
     if entry.size != source.size:
         sizes = f"{entry.size} bytes, the image has {source.size}"
         return Verdict(Outcome.OCCUPIED, f"another file has the cache name, and differs: {sizes}")

@@ -19,7 +19,6 @@ from ln_images.plan import IN_FLIGHT, cache_name
 if TYPE_CHECKING:
     from ln_images.disk import Disk
     from ln_images.glance import Glance
-    from ln_images.keystone import Connection
 
 LOG = logging.getLogger(__name__)
 # States and tasks of a server (nova.api.openstack.common, nova.compute.task_states) in which its disk may
@@ -131,13 +130,7 @@ def age(seconds: float) -> str:
 
 
 def clean_up(
-    options: Options,
-    connection: "Connection",
-    glance: "Glance",
-    disk: "Disk",
-    bases: Sequence[Base],
-    images: Sequence[Image],
-    now: float,
+    options: Options, glance: "Glance", disk: "Disk", bases: Sequence[Base], images: Sequence[Image], now: float
 ) -> Iterator[tuple[Base, Verdict]]:
     """Retires, restores and removes what of ``bases`` the evidence says, and tells of each. Raises where it cannot.
 
@@ -151,7 +144,7 @@ def clean_up(
     fault = None
     if waiting or options.dry_run:
         try:
-            evidence = _gathered(options, connection, glance, disk, waiting, images, evidence)
+            evidence = _gathered(options, glance, disk, waiting, images, evidence)
         except LnImagesError as error:
             fault = error
     for base in bases:
@@ -162,7 +155,7 @@ def clean_up(
             verdict = Verdict(Outcome.KEPT, f"{verdict.reason}; its image is not known: --prune-unmarked removes it")
         if verdict.outcome is not Outcome.KEPT and not options.dry_run:
             with disk.locked(options.timeout):
-                verdict = _carry_out(disk, base, verdict)
+                verdict = disk.carry_out(base, verdict)
         yield base, verdict
     if options.dry_run and evidence.doubt:
         LOG.warning("nothing could be retired: %s", evidence.doubt)
@@ -170,42 +163,22 @@ def clean_up(
         raise fault
 
 
-def _carry_out(disk: "Disk", base: Base, verdict: Verdict) -> Verdict:
-    """Does what was judged; the verdict, or why it could not be."""
-    if verdict.outcome is Outcome.PRUNED:
-        return disk.remove(base) or verdict
-    return disk.move(base, retired=verdict.outcome is Outcome.RETIRED) or verdict
-
-
 def _gathered(
-    options: Options,
-    connection: "Connection",
-    glance: "Glance",
-    disk: "Disk",
-    waiting: Sequence[Base],
-    images: Sequence[Image],
-    evidence: Evidence,
+    options: Options, glance: "Glance", disk: "Disk", waiting: Sequence[Base], images: Sequence[Image], known: Evidence
 ) -> Evidence:
     """The evidence with all that can be asked. Raises ConfigurationError or TemporaryError where it cannot be."""
-    if not connection.is_administrator():
+    if not glance.connection.is_administrator():
         raise ConfigurationError("--prune needs a credential with the role admin: nothing was pruned")
     # Both must say that an image is gone: some are in no listing, and a gateway that is ill answers 404, too.
-    known = {image.id for image in images}
-    gone = {base.image_id for base in waiting if base.image_id and base.image_id not in known}
+    listed = {image.id for image in images}
+    gone = {base.image_id for base in waiting if base.image_id} - listed
     unlisted = [Image(image_id, status="unlisted") for image_id in sorted(gone) if not glance.is_gone(image_id)]
-    servers, proof = nova.servers(connection)
+    servers, proof = nova.servers(glance.connection)
     disks = read_disks(options.instances_dirs)
     reasons = needed([*images, *unlisted], servers)
-    doubt = restless(servers) or disks.doubt
-    if not doubt and not proof and not options.instances_dirs:
-        doubt = _OLD_NOVA
-    return replace(
-        evidence,
-        needed=reasons,
-        disks=disks,
-        opened=open_inodes(),
-        doubt=doubt or _misnamed(servers, proof, known, disk, disks),
-    )
+    old = "" if proof or options.instances_dirs else _OLD_NOVA
+    doubt = restless(servers) or disks.doubt or old or _misnamed(servers, proof, listed, disk, disks)
+    return replace(known, needed=reasons, disks=disks, opened=open_inodes(), doubt=doubt)
 
 
 def _misnamed(servers: Iterable[Server], proof: bool, known: Iterable[str], disk: "Disk", disks: Disks) -> str:

@@ -17,16 +17,11 @@ _HELD = {"orphans": "of deleted images", "unmarked": "not linked here", "retired
 # No name is cut to less, and no reason pushes one under it.
 _NARROWEST = 16
 _COLOURS: dict[str, str] = {
-    Outcome.LINKED: "green",
-    Outcome.REPAIRED: "green",
+    **dict.fromkeys((Outcome.LINKED, Outcome.REPAIRED, Outcome.RESTORED), "green"),
+    **dict.fromkeys((Outcome.REFUSED, Outcome.DAMAGED, Outcome.FAILED), "red"),
+    **dict.fromkeys((Outcome.RETIRED, Outcome.PRUNED), "magenta"),
     Outcome.WAITING: "cyan",
-    Outcome.REFUSED: "red",
-    Outcome.DAMAGED: "red",
     Outcome.OCCUPIED: "yellow",
-    Outcome.FAILED: "red",
-    Outcome.RESTORED: "green",
-    Outcome.RETIRED: "magenta",
-    Outcome.PRUNED: "magenta",
 }
 
 

@@ -43,11 +43,12 @@ _ODD = frozenset({Outcome.REFUSED, Outcome.OCCUPIED})
 class Passes:
     """Passes with the same options and one token, made one after another, and what is remembered between them.
 
+    Each opens the directories anew: a long run notices when one has been replaced or mounted over.
     ``progress`` is entered with a label and the total.
     """
 
     def __init__(self, options: Options, connection: Connection, progress: Progress) -> None:
-        self._options, self._connection, self._progress = options, connection, progress
+        self._options, self._progress = options, progress
         self._glance = Glance(connection)
         self._entries: Mapping[str, File] = {}
         self._judged: dict[str, tuple[File, float, Result]] = {}
@@ -66,7 +67,7 @@ class Passes:
         started_at, start = datetime.now(UTC), time.monotonic()
         fault = None
         cleaned: dict[Base, Verdict] = {}
-        with self._opened() as disk:
+        with Disk(options.images_dir, options.cache_dir) as disk:
             read, audited = audit(options, self._glance, disk, self._progress) if options.verify else (None, {})
             look, images, settled, results = self._link(disk, audited)
             if options.prune:
@@ -79,29 +80,20 @@ class Passes:
         self._held = plan.held(look.bases, {} if options.dry_run else cleaned)
         told, self._told = self._told, {}
         self._tell(results, told)
-        return Pass(
-            started_at=started_at,
-            duration=time.monotonic() - start,
-            dry_run=options.dry_run,
-            results=results,
-            settled=settled,
-            held=self._held,
-            room=room,
-            directory=directory,
-            fault=fault,
-            audit=read,
-        )
+        duration = time.monotonic() - start
+        return Pass(started_at, duration, options.dry_run, results, settled, self._held, room, directory, fault, read)
 
     def narrow(self, ids: Collection[str]) -> Pass:
         """Makes a pass for a few images alone, without a look at the rest. Raises as :meth:`whole` does.
 
         What bases hold is what the last whole one found.
         """
+        options = self._options
         started_at, start = datetime.now(UTC), time.monotonic()
-        with self._opened() as disk, self._locked(disk):
+        with Disk(options.images_dir, options.cache_dir) as disk, self._locked(disk):
             results = self._settle(disk, self._glance.images_of(sorted(ids)), {})
         self._tell(results, self._told.copy())
-        return Pass(started_at, time.monotonic() - start, self._options.dry_run, results, held=self._held)
+        return Pass(started_at, time.monotonic() - start, options.dry_run, results, held=self._held)
 
     def _link(
         self, disk: Disk, audited: Mapping[str, Verdict]
@@ -117,12 +109,11 @@ class Passes:
             asked = {image.id for image in images}
             results += [result for result in recalled if result.image.id not in asked]
             results += self._unknown(disk, unknown)
-            results += _broken(look.broken, results)
+            told = {result.cache_name for result in results}
+            # Of the others that could not be looked at an image has told.
+            broken = {name: Verdict(Outcome.FAILED, reason) for name, reason in look.broken.items() if name not in told}
+            results += [Result(Image(""), name, verdict) for name, verdict in broken.items()]
         return look, images, settled, results
-
-    def _opened(self) -> Disk:
-        # Opened for each pass: a long run notices when a directory has been replaced or mounted over.
-        return Disk(self._options.images_dir, self._options.cache_dir)
 
     def _locked(self, disk: Disk) -> AbstractContextManager[None]:
         # A dry run changes nothing, so it neither waits for a run at work nor makes the next one fail.
@@ -201,7 +192,7 @@ class Passes:
 
         cleaned: dict[Base, Verdict] = {}
         try:
-            for base, verdict in clean_up(self._options, self._connection, self._glance, disk, bases, images, now):
+            for base, verdict in clean_up(self._options, self._glance, disk, bases, images, now):
                 cleaned[base] = verdict
                 self._tell_of_change(_result(base, verdict))
         except LnImagesError as error:
@@ -269,14 +260,6 @@ def _noted(entries: Iterable[tuple[str, File | str]], files: dict[str, File]) ->
         if not isinstance(entry, str):
             files[name] = entry
         yield name, entry
-
-
-def _broken(broken: Mapping[str, str], results: Iterable[Result]) -> list[Result]:
-    """The entries that could not be looked at and of which no image has told."""
-    told = {result.cache_name for result in results}
-    return [
-        Result(Image(""), name, Verdict(Outcome.FAILED, reason)) for name, reason in broken.items() if name not in told
-    ]
 
 
 def _result(base: Base, verdict: Verdict) -> Result:

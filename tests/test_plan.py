@@ -15,7 +15,7 @@ ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = ID.upper()
 OPTIONS = Options(images_dir="", cache_dir="", owner=(107, 108), mode=0o644, disk_formats=("raw", "qcow2"))
 IMAGE = Image(ID, "name", "active", "raw", 1000)
-SOURCE = File(1, 11, stat.S_IFREG | 0o640, links=1, uid=64062, gid=64062, size=1000, changed=0.0)
+SOURCE = File(stat.S_IFREG | 0o640, 11, 1, links=1, uid=64062, gid=64062, size=1000, changed=0.0)
 LINK = SOURCE._replace(mode=stat.S_IFREG | 0o644, uid=107, gid=108, links=2, mark=ID, marked_size=1000)
 
 NAME = cache_name(ID)

@@ -40,7 +40,8 @@ ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = "a0000000-0000-4000-8000-000000000000"
 NAME = cache_name(ID)
 DAY = 86400.0
-FILE = File(1, 11, stat.S_IFREG | 0o644, links=1, uid=0, gid=0, size=1000, changed=0.0, mark=ID)
+RETIRE, RESTORE, REMOVE = (Verdict(one) for one in (Outcome.RETIRED, Outcome.RESTORED, Outcome.PRUNED))
+FILE = File(stat.S_IFREG | 0o644, 11, 1, links=1, uid=0, gid=0, size=1000, changed=0.0, mark=ID)
 LINKED, UNKNOWN, RETIRED = Base(NAME, ID, False, FILE), Base(NAME, "", False, FILE), Base(NAME, ID, True, FILE)
 
 
@@ -215,16 +216,16 @@ def test_a_base_is_retired_restored_and_removed(place: Path) -> None:
     with Disk(str(place / "images"), str(place / "cache")) as disk, entry.open("rb") as user:
         before = entry.stat()
         wait_until(lambda: time.time() > before.st_ctime + 0.1, "the clock of the file system")
-        assert disk.move(bases_of(disk, place)[NAME, False], retired=True) is None
+        assert disk.carry_out(bases_of(disk, place)[NAME, False], RETIRE) is RETIRE
         after = retired.stat()
         assert (entry.exists(), after.st_ino) == (False, before.st_ino)
         assert after.st_ctime > before.st_ctime
-        assert disk.move(bases_of(disk, place)[NAME, True], retired=False) is None
+        assert disk.carry_out(bases_of(disk, place)[NAME, True], RESTORE) is RESTORE
         assert (entry.stat().st_ino, retired.exists()) == (before.st_ino, False)
-        assert disk.remove(bases_of(disk, place)[NAME, False]) is not None
+        assert disk.carry_out(bases_of(disk, place)[NAME, False], REMOVE).outcome is Outcome.KEPT
         assert entry.exists()
-        assert disk.move(bases_of(disk, place)[NAME, False], retired=True) is None
-        assert disk.remove(bases_of(disk, place)[NAME, True]) is None
+        assert disk.carry_out(bases_of(disk, place)[NAME, False], RETIRE) is RETIRE
+        assert disk.carry_out(bases_of(disk, place)[NAME, True], REMOVE) is REMOVE
         assert not entry.exists()
         assert not retired.exists()
         assert user.read() == b"base"
@@ -256,8 +257,8 @@ def test_a_base_that_changes_in_the_last_moment_is_kept(
         happen(entry)
         before = sorted(entry.parent.iterdir())
         changed = Verdict(Outcome.KEPT, "it has changed since it was looked at")
-        assert disk.move(base, not retired) == changed
-        assert disk.remove(base) == changed
+        assert disk.carry_out(base, RESTORE if retired else RETIRE) == changed
+        assert disk.carry_out(base, REMOVE) == changed
     assert sorted(entry.parent.iterdir()) == before
 
 
@@ -270,7 +271,7 @@ def test_nothing_is_replaced(place: Path, retire: bool) -> None:
     old, new = (entry, retired) if retire else (retired, entry)
     before = {path: path.read_bytes() for path in (place / "cache").iterdir()}
     with Disk(str(place / "images"), str(place / "cache")) as disk:
-        verdict = disk.move(bases_of(disk, place)[NAME, not retire], retired=retire)
+        verdict = disk.carry_out(bases_of(disk, place)[NAME, not retire], RETIRE if retire else RESTORE)
     assert verdict == Verdict(Outcome.KEPT, f"another file has the name {new.name}: keep the one that servers need"), (
         old
     )
@@ -285,7 +286,8 @@ def test_a_crash_between_two_names_is_mended(place: Path, retire: bool) -> None:
     with Disk(str(place / "images"), str(place / "cache")) as disk:
         bases = bases_of(disk, place)
         assert {key: base.image_id for key, base in bases.items()} == {(NAME, False): ID, (NAME, True): ID}
-        assert disk.move(bases[NAME, not retire], retired=retire) is None
+        verdict = RETIRE if retire else RESTORE
+        assert disk.carry_out(bases[NAME, not retire], verdict) is verdict
         assert list((place / "cache").iterdir()) == [retired if retire else entry]
 
 
@@ -297,22 +299,22 @@ def test_a_base_is_not_restored_under_a_download(place: Path) -> None:
     part.touch()
     with Disk(str(place / "images"), str(place / "cache")) as disk:
         base = bases_of(disk, place)[NAME, True]
-        assert disk.move(base, retired=False) == Verdict(Outcome.KEPT, "Nova is downloading it")
+        assert disk.carry_out(base, RESTORE) == Verdict(Outcome.KEPT, "Nova is downloading it")
         assert (entry.exists(), retired.exists()) == (False, True)
         part.unlink()
-        assert disk.move(base, retired=False) is None
+        assert disk.carry_out(base, RESTORE) is RESTORE
 
 
 MOVES = """
 import sys
 from ln_images.disk import Disk
-from ln_images.model import Base
+from ln_images.model import Base, Outcome, Verdict
 
 with Disk(f"{sys.argv[1]}/images", f"{sys.argv[1]}/cache") as disk:
     while True:
         for number, (name, file) in enumerate(disk.entries({})):
             base = Base(name.removesuffix(".retired"), "", name.endswith(".retired"), file)
-            disk.move(base, not base.retired)
+            disk.carry_out(base, Verdict(Outcome.RESTORED if base.retired else Outcome.RETIRED))
             if number % 100 == 0:
                 print(flush=True)
 """
@@ -629,7 +631,7 @@ class World:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ln_images.prune.open_inodes", lambda: open_inodes(str(self.place / "nfsd")))
             glance: Any = self
-            list(clean_up(given, self.connection, glance, self.disk, bases, images, self.disk.now))
+            list(clean_up(given, glance, self.disk, bases, images, self.disk.now))
 
 
 @pytest.fixture(scope="module")
