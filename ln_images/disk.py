@@ -12,8 +12,18 @@ import time
 from collections.abc import Iterator, Mapping
 
 from ln_images import inspection
-from ln_images.inode import SERVER_MARK, look_at, mark, mend, mount, opened, project, unmarked
-from ln_images.model import AnotherRunError, Base, ConfigurationError, File, Image, Options, Outcome, Verdict
+from ln_images.inode import MARK, SERVER_MARK, SIZE_MARK, look_at, mark, mount, opened, project, unmarked
+from ln_images.model import (
+    UNMARKABLE,
+    AnotherRunError,
+    Base,
+    ConfigurationError,
+    File,
+    Image,
+    Options,
+    Outcome,
+    Verdict,
+)
 from ln_images.plan import DOWNLOADS, RAW_COPY, cache_name, is_downloading, judge_files
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -149,7 +159,7 @@ class Disk:
                     if objection:
                         return Verdict(Outcome.REFUSED, objection)
                 if not options.dry_run:
-                    mend(source, image, options)
+                    self._mend(source, image, options)
                     if verdict.outcome is Outcome.LINKED:
                         return self._link(source, image, options)
                 return verdict
@@ -184,9 +194,10 @@ class Disk:
     def opened(self, image_id: str) -> Iterator[int | None]:
         """Glance's file, open for reading, or None where there is none any more."""
         with contextlib.ExitStack() as stack:
-            source = None
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 source = stack.enter_context(opened(image_id, self._images))
+            except FileNotFoundError:
+                source = None
             yield source
 
     def _judge(self, image: Image, source: File | None, options: Options) -> Verdict:
@@ -216,6 +227,18 @@ class Disk:
         if inherited and project(source)[0] != number:
             text = "which is not the images', and no hard link enters it: put both directories under one, or none"
             raise ConfigurationError(f"{self._cache_dir} is under a project quota (project {number}), {text}")
+
+    def _mend(self, source: int, image: Image, options: Options) -> None:
+        """Owner, mode and marks of the open inode, each only where it differs."""
+        status = os.fstat(source)
+        if (status.st_uid, status.st_gid) != options.owner:
+            os.fchown(source, *options.owner)
+        # After the owner, since a change of owner takes bits of the mode away.
+        if stat.S_IMODE(os.fstat(source).st_mode) != options.mode:
+            os.fchmod(source, options.mode)
+        for kind, value in ((MARK, image.id), (SIZE_MARK, str(status.st_size)), (SERVER_MARK, image.server)):
+            if value and mark(source, kind) not in (value, UNMARKABLE):
+                os.setxattr(source, kind, value.encode())
 
     def _link(self, source: int, image: Image, options: Options) -> Verdict:
         """Gives the open inode its cache name. Nothing is ever replaced: the kernel refuses a name that is taken."""

@@ -1,4 +1,4 @@
-"""One inode: what a name stands for, its owner, mode and marks, its project, its mount."""
+"""One inode: what a name stands for, its marks, its project, its mount."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import stat
 import struct
 from collections.abc import Iterator
 
-from ln_images.model import UNMARKABLE, File, Image, Options
+from ln_images.model import UNMARKABLE, File
 
 # O_NOFOLLOW: a symbolic link is an error. O_NONBLOCK: a FIFO does not hold the run up.
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -51,19 +51,6 @@ def mark(file: int | str, name: str) -> str | None:
         if error.errno in (errno.ENODATA, errno.ENOENT):
             return None
         raise
-
-
-def mend(source: int, image: Image, options: Options) -> None:
-    """Owner, mode and marks of the open inode, each only where it differs."""
-    status = os.fstat(source)
-    if (status.st_uid, status.st_gid) != options.owner:
-        os.fchown(source, *options.owner)
-    # After the owner, since a change of owner takes bits of the mode away.
-    if stat.S_IMODE(os.fstat(source).st_mode) != options.mode:
-        os.fchmod(source, options.mode)
-    for kind, value in ((MARK, image.id), (SIZE_MARK, str(status.st_size)), (SERVER_MARK, image.server)):
-        if value and mark(source, kind) not in (value, UNMARKABLE):
-            os.setxattr(source, kind, value.encode())
 
 
 def unmarked(status: os.stat_result, mark: str | None = None, marked_size: int | None = None) -> File:

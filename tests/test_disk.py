@@ -16,7 +16,7 @@ import pytest
 
 from conftest import OWNER, needs_root
 from ln_images.disk import Disk
-from ln_images.inode import MARK, SIZE_MARK, mend
+from ln_images.inode import MARK, SIZE_MARK
 from ln_images.model import AnotherRunError, ConfigurationError, Image, Options, Outcome, Verdict
 from ln_images.plan import cache_name
 
@@ -218,7 +218,7 @@ def test_a_name_taken_in_the_last_moment_is_judged_anew(store: Store) -> None:
     """Where another process makes the name first, the same inode is present and another is occupied."""
     with store.open() as disk, disk.opened(ID) as descriptor:
         assert descriptor is not None
-        mend(descriptor, IMAGE, OPTIONS)
+        disk._mend(descriptor, IMAGE, OPTIONS)
         os.link(store.source, store.link)
         assert disk._link(descriptor, IMAGE, OPTIONS) == PRESENT
         store.link.unlink()
