@@ -201,11 +201,11 @@ def asking(service: str, seconds: float) -> Iterator[Callable[[], None]]:
 
 def _translated(service: str, error: Exception) -> LnImagesError:
     """Our error for one of another library's. What a service says of itself is not repeated: it could be a secret."""
+    if isinstance(error, LnImagesError):
+        return error
     from glanceclient import exc
     from keystoneauth1 import exceptions
 
-    if isinstance(error, LnImagesError):
-        return error
     status = getattr(error, "http_status", None) or getattr(error, "code", None)
     said = f"HTTP {status}" if isinstance(status, int) and status else type(error).__name__
     if status in (401, 403) or (service == "Keystone" and status in (400, 404)):

@@ -109,8 +109,8 @@ class Passes:
             asked = {image.id for image in images}
             results += [result for result in recalled if result.image.id not in asked]
             results += self._unknown(disk, unknown)
+            # The entries that could not be looked at, and of which no image has told.
             told = {result.cache_name for result in results}
-            # Of the others that could not be looked at an image has told.
             broken = {name: Verdict(Outcome.FAILED, reason) for name, reason in look.broken.items() if name not in told}
             results += [Result(Image(""), name, verdict) for name, verdict in broken.items()]
         return look, images, settled, results
