@@ -410,6 +410,27 @@ def test_a_signal_in_what_python_calls_when_an_object_dies_ends_the_run() -> Non
     assert (run.returncode, run.stdout, run.stderr) == (130, "", INTERRUPTED)
 
 
+AT_THE_END = """
+import os, signal, sys
+from ln_images import __main__, cli
+
+class Thing:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+        kill(pid, number)
+
+# It dies with the modules, after Python has given up its handlers.
+sys.modules["thing"] = Thing()
+cli.main = lambda **_: sys.exit(0)
+__main__.start()
+"""
+
+
+def test_a_signal_at_the_very_end_leaves_the_status_of_what_was_done() -> None:
+    """While Python takes itself down the run is over: a signal changes neither its status nor what it said."""
+    run = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, timeout=30, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
 def test_under_nohup_the_end_of_a_session_ends_nothing(node: Node) -> None:
     """Where SIGHUP is ignored when the command starts, as nohup(1) has it, it stays so."""
     image = node.cloud.image("image", DATA)
