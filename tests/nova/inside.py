@@ -87,8 +87,8 @@ def _write_in_memory() -> None:
     kept = {path: os.open(path, os.O_PATH) for path in (str(ROOT), os.environ["RIG_DIRECTORY"])}
     memory = Path("/run/overlays")
     memory.mkdir()
-    # Nova's user, too, must reach its Python and its programs, wherever they were installed.
-    closed = {ancestor for path in (ROOT, Path(sys.base_prefix)) for ancestor in path.parents if _closed(ancestor)}
+    # Nova's user, too, must reach its Python, wherever it was installed.
+    closed = {ancestor for ancestor in Path(sys.base_prefix).parents if _closed(ancestor)}
     for path in sorted({Path("/etc"), Path("/tmp"), Path("/var"), Path.home()} | closed):
         upper, work = memory / f"upper{path}", memory / f"work{path}"
         for made in (upper, work):
@@ -97,6 +97,9 @@ def _write_in_memory() -> None:
         _mount("-t", "overlay", "overlay", "-o", f"lowerdir={path},upperdir={upper},workdir={work}", str(path))
     for target, opened in kept.items():
         _mount("--no-canonicalize", "--bind", f"/proc/{os.getpid()}/fd/{opened}", target)
+    nova = Path("/run/nova")
+    nova.mkdir()
+    _mount("--bind", str(ROOT / ".nova"), str(nova))
 
 
 def _hide_kvm() -> None:
