@@ -30,39 +30,60 @@ def repeat(store: str, every: float, for_seconds: float | None, make: Make) -> N
     """
     start = time.monotonic()
     end = math.inf if for_seconds is None else start + for_seconds
-    # The images whose files are closed and that are not active yet: when each is asked about next, and how long then.
-    pending: dict[str, tuple[float, float]] = {}
-
-    def ask(ids: Collection[str], whole: bool) -> None:
-        unfinished = make(None if whole or len(ids) > _MANY else ids)
-        now = time.monotonic()
-        for image_id in ids:
-            _, delay = pending.pop(image_id)
-            # Past ``every`` seconds, whatever becomes of one is the affair of whole passes.
-            if delay <= every and (unfinished is None or image_id in unfinished):
-                pending[image_id] = (now + delay, 2 * delay)
-
+    pending = _Pending(every, make)
     with contextlib.closing(Watch()) as watch:
         while True:
             # Before each whole pass: whatever happened to the directory, nothing is missed from here on.
             watch.renew(store)
             began = time.monotonic()
-            ask(list(pending), whole=True)
+            pending.ask_of_all()
             now = time.monotonic()
             beat = start + (int((now - start) / every) + 1) * every
             last = beat + (now - began) > end
             until = end if last else beat
             while (now := time.monotonic()) < until:
-                closed = watch.wait(min([until, *(at for at, _ in pending.values())]) - now)
-                if closed is None:
+                ids = watch.wait(min(until, pending.due_at()) - now)
+                if ids is None:
                     break
-                now = time.monotonic()
-                pending |= dict.fromkeys(closed, (now, _FIRST_DELAY))
-                due = [image_id for image_id, (at, _) in pending.items() if at <= now]
-                if due:
-                    ask(due, whole=False)
+                pending.add(ids)
+                pending.ask()
             if last and now >= end:
                 return
+
+
+class _Pending:
+    """The images whose files are closed and that are not active yet: when each is asked about next, and how long then.
+
+    Past ``every`` seconds, whatever becomes of one is the affair of whole passes.
+    """
+
+    def __init__(self, every: float, make: Make) -> None:
+        self._every, self._make = every, make
+        self._due: dict[str, tuple[float, float]] = {}
+
+    def add(self, ids: Collection[str]) -> None:
+        self._due |= dict.fromkeys(ids, (time.monotonic(), _FIRST_DELAY))
+
+    def due_at(self) -> float:
+        return min((at for at, _ in self._due.values()), default=math.inf)
+
+    def ask(self) -> None:
+        """Makes a pass for those that are due, if any are."""
+        now = time.monotonic()
+        ids = [image_id for image_id, (at, _) in self._due.items() if at <= now]
+        if ids:
+            self._put_off(ids, self._make(ids if len(ids) <= _MANY else None))
+
+    def ask_of_all(self) -> None:
+        """Makes a whole pass."""
+        self._put_off(list(self._due), self._make(None))
+
+    def _put_off(self, asked: Collection[str], unfinished: Collection[str] | None) -> None:
+        now = time.monotonic()
+        for image_id in asked:
+            _, delay = self._due.pop(image_id)
+            if delay <= self._every and (unfinished is None or image_id in unfinished):
+                self._due[image_id] = (now + delay, 2 * delay)
 
 
 class Watch:
