@@ -16,7 +16,17 @@ import click
 
 from ln_images import __version__, logs, report
 from ln_images.metrics import Textfile
-from ln_images.model import CHANGES, FAULTS, AnotherRunError, LnImagesError, Options, Outcome, Pass, TemporaryError
+from ln_images.model import (
+    CHANGES,
+    FAULTS,
+    AnotherRunError,
+    ConfigurationError,
+    LnImagesError,
+    Options,
+    Outcome,
+    Pass,
+    TemporaryError,
+)
 from ln_images.options import OPTIONS
 
 LOG = logging.getLogger(__name__)
@@ -171,7 +181,7 @@ class _Run:
                 self._textfile.add(made)
             else:
                 self._textfile.write(made, status, time.time())
-        except LnImagesError as error:
+        except ConfigurationError as error:
             self._note(error.exit_status)
             if str(error) != self._metrics_fault:
                 LOG.error("%s", error)
