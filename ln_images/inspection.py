@@ -10,7 +10,6 @@ verified here, so a signed image is left to Nova.
 import concurrent.futures
 import contextlib
 import hashlib
-import io
 import mmap
 import os
 import re
@@ -72,15 +71,16 @@ def objection(descriptor: int, disk_format: str) -> str | None:
     from oslo_utils.imageutils import format_inspector
 
     accepted = _CONTENT[disk_format]
-    beginning = os.pread(descriptor, _AT_MOST, 0)
-    wrapper = format_inspector.InspectWrapper(io.BytesIO(beginning))
     try:
-        while wrapper.formats is None and wrapper.read(_CHUNK):
-            pass
-        decided = wrapper.formats is not None or len(beginning) < _AT_MOST
-        wrapper.close()
+        # Opened anew, it has an offset of its own.
+        with open(f"/proc/self/fd/{descriptor}", "rb", buffering=0) as file:
+            wrapper = format_inspector.InspectWrapper(file)
+            while wrapper.formats is None and file.tell() < _AT_MOST and wrapper.read(_CHUNK):
+                pass
+            decided = wrapper.formats is not None or file.tell() < _AT_MOST
+            wrapper.close()
         found = {str(inspector): inspector for inspector in wrapper.formats or ()}
-        probed = _probed(beginning[:_SECTOR].ljust(_SECTOR, b"\0"))
+        probed = _probed(os.pread(descriptor, _SECTOR, 0).ljust(_SECTOR, b"\0"))
         names = set(found) if probed is None else found.keys() - {"raw"} | {probed}
         if names not in accepted:
             mend = "upload it again as what it is, and delete this one"
