@@ -16,7 +16,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadgroup
 test: WORKERS := 3
 test-module: WORKERS := 0
 
-.PHONY: demo cloud test test-module test-cephfs test-knfs bench boot test-nova lint clean
+.PHONY: demo cloud tools test test-module test-cephfs test-knfs bench boot test-nova lint clean
 
 demo: $(VENV)/installed $(CLOUD)/installed
 	@$(VENV)/bin/python tests/demo.py
@@ -24,17 +24,18 @@ demo: $(VENV)/installed $(CLOUD)/installed
 cloud: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed
 	@$(VENV)/bin/python tests/demo.py --keep $(if $(DIRECTORY),--directory $(DIRECTORY))
 
-test: lint $(CLOUD)/installed
+# What the tests run of Debian; file systems are made by root alone.
+tools:
 	@tests/need.sh "command -v qemu-img" qemu-utils
 	@[ "$$(id -u)" != 0 ] || tests/need.sh "ls /sbin/mkfs.xfs /sbin/mkfs.ext4" xfsprogs e2fsprogs
+
+test: lint tools $(CLOUD)/installed
 	$(VENV)/bin/coverage erase
 	$(VENV)/bin/coverage run $(PYTEST)
 	$(VENV)/bin/coverage combine --quiet
 	$(VENV)/bin/coverage report
 
-test-module: $(VENV)/installed $(CLOUD)/installed
-	@tests/need.sh "command -v qemu-img" qemu-utils
-	@[ "$$(id -u)" != 0 ] || tests/need.sh "ls /sbin/mkfs.xfs /sbin/mkfs.ext4" xfsprogs e2fsprogs
+test-module: tools $(VENV)/installed $(CLOUD)/installed
 	$(VENV)/bin/python $(PYTEST) tests/test_$(MODULE).py $(if $(TESTS),-k "$(TESTS)")
 
 # Takes some minutes, as root: a Ceph cluster of Debian's packages in one directory.
