@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import guest
 from cloud import ROOT, wait_until
-from rig import NOVA, Rig
+from inside import NOVA
+from rig import Rig
 from scenes import watching
 
 DOWNLOADED, LINKED, SECOND, CACHED = "Nova downloads", "linked before", "second boot", "pre-cached"

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# Where the project's ``.nova`` is in there: Nova's user may not be let into the project.
+NOVA = Path("/run/nova")
 UNSHARE = ("unshare", "--mount", "--pid", "--net", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc")
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 
@@ -73,6 +75,8 @@ def inside(*command: str) -> int:
     # libvirt goes on without control groups where it finds none, and leaves none behind.
     subprocess.run(["umount", "--recursive", "/sys/fs/cgroup"], check=False, stderr=subprocess.DEVNULL)
     _write_in_memory()
+    NOVA.mkdir()
+    _mount("--bind", str(ROOT / ".nova"), str(NOVA))
     _hide_kvm()
     started = subprocess.Popen(command)
     # Daemons' children become this one's: whoever waits for their end sees it only when they are buried.
@@ -97,9 +101,6 @@ def _write_in_memory() -> None:
         _mount("-t", "overlay", "overlay", "-o", f"lowerdir={path},upperdir={upper},workdir={work}", str(path))
     for target, opened in kept.items():
         _mount("--no-canonicalize", "--bind", f"/proc/{os.getpid()}/fd/{opened}", target)
-    nova = Path("/run/nova")
-    nova.mkdir()
-    _mount("--bind", str(ROOT / ".nova"), str(nova))
 
 
 def _hide_kvm() -> None:

@@ -25,11 +25,10 @@ import requests
 from keystoneauth1 import adapter, exceptions
 
 from cloud import PASSWORD, REGION, ROOT, Cloud, wait_until
+from inside import NOVA
 
 # What let this module be found is not for the servers.
 os.environ.pop("PYTHONPATH", None)
-# Where ``inside.py`` has put the project's ``.nova``: Nova's user may not be let into the project.
-NOVA = Path("/run/nova")
 COMMAND = Path(sys.executable).with_name("ln-images")
 # On Debian libvirt runs QEMU as this user and gives it the disks, bases included.
 OWNER = "libvirt-qemu:libvirt-qemu"

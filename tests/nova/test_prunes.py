@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from rig import CACHE, NOVA, Rig
+from inside import NOVA
+from rig import CACHE, Rig
 from rig_fixtures import Disk
 from scenes import fails, outcome, reboot, told
 
