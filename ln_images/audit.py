@@ -9,7 +9,8 @@ from dataclasses import replace
 from ln_images.disk import Disk, failure
 from ln_images.glance import Glance
 from ln_images.inspection import can_digest, digest
-from ln_images.model import Audit, Image, Options, Outcome, Verdict
+from ln_images.model import Audit, Image, Outcome, Verdict
+from ln_images.options import Options
 from ln_images.plan import judge_image
 
 # What has a link, or gets one.

@@ -22,12 +22,11 @@ from ln_images.model import (
     AnotherRunError,
     ConfigurationError,
     LnImagesError,
-    Options,
     Outcome,
     Pass,
     TemporaryError,
 )
-from ln_images.options import OPTIONS
+from ln_images.options import Options, parameters
 
 LOG = logging.getLogger(__name__)
 # Exit statuses, the least severe first.
@@ -60,12 +59,8 @@ class _Command(click.Command):
 
 @click.command(
     cls=_Command,
-    params=OPTIONS,
-    context_settings={
-        "auto_envvar_prefix": "LN_IMAGES",
-        "help_option_names": ["-h", "--help"],
-        "max_content_width": 100,
-    },
+    params=parameters(),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="ln-images")
 def main(**given: Any) -> int:

@@ -13,17 +13,8 @@ from collections.abc import Iterator, Mapping
 
 from ln_images import inspection
 from ln_images.inode import MARK, SERVER_MARK, SIZE_MARK, look_at, mark, mount, opened, project, unmarked
-from ln_images.model import (
-    UNMARKABLE,
-    AnotherRunError,
-    Base,
-    ConfigurationError,
-    File,
-    Image,
-    Options,
-    Outcome,
-    Verdict,
-)
+from ln_images.model import UNMARKABLE, AnotherRunError, Base, ConfigurationError, File, Image, Outcome, Verdict
+from ln_images.options import Options
 from ln_images.plan import DOWNLOADS, RAW_COPY, cache_name, is_downloading, judge_files
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

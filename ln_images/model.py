@@ -1,4 +1,4 @@
-"""The words of this project: options, images, files, outcomes and errors. It imports nothing of ours."""
+"""The words of this project: images, files, outcomes and errors. It imports nothing of ours."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,33 +31,6 @@ FAULTS = frozenset({Outcome.FAILED, Outcome.DAMAGED})
 
 # Those that can be linked, as Glance calls them.
 DISK_FORMATS = ("raw", "iso", "ami", "ari", "aki", "qcow2")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options of the command, by their names. Durations are in seconds; ``owner`` is a uid and a gid."""
-
-    images_dir: str
-    cache_dir: str
-    owner: tuple[int, int]
-    mode: int
-    disk_formats: Sequence[str]
-    os_cloud: str | None = None
-    timeout: float = 30
-    full: bool = False
-    every: float | None = None
-    for_seconds: float | None = None
-    prune: bool = False
-    prune_after: float = 86400
-    prune_unmarked: bool = False
-    instances_dirs: Sequence[str] = ()
-    verify: bool = False
-    dry_run: bool = False
-    format: str = "text"
-    log_file: str | None = None
-    metrics_file: str | None = None
-    verbose: bool = False
-    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)

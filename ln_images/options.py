@@ -3,7 +3,8 @@
 import grp
 import pwd
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import click
@@ -81,76 +82,81 @@ def _id(kind: str, name: str, find: Callable[[], int], mend: str) -> int:
         raise ConfigurationError(f"--owner: there is no {kind} {name!r} here: {mend}") from None
 
 
-def _option(usage: str, text: str, *name: str, **attributes: Any) -> click.Option:
-    """An option as ``--help`` shows it, and its name in Options where that is another. Without a value it is a flag."""
+def _option(usage: str, text: str, **attributes: Any) -> Any:
+    """A field of Options, with the option as ``--help`` shows it. Without a value it is a flag."""
     flags, _, metavar = usage.partition(" ")
-    if not metavar:
-        attributes["is_flag"] = True
-    return click.Option((*flags.split(","), *name), metavar=metavar or None, help=text, show_default=True, **attributes)
+    names = flags.split(",")
+    given: dict[str, Any] = {
+        "metavar": metavar or None,
+        "is_flag": not metavar,
+        "envvar": f"LN_IMAGES_{names[-1].strip('-').replace('-', '_').upper()}",
+    }
+    return field(metadata={"option": click.Option(names, help=text, show_default=True, **given | attributes)})
 
 
-OPTIONS: list[click.Parameter] = [
-    _option("--images-dir DIR", "Glance's filesystem store.", default="/var/lib/glance/images"),
-    _option("--cache-dir DIR", "What the compute nodes mount as Nova's _base.", default="/var/lib/glance/imagecache"),
-    _option(
+@dataclass(frozen=True)
+class Options:
+    """The options of the command. Durations are in seconds; ``owner`` is a uid and a gid."""
+
+    images_dir: str = _option("--images-dir DIR", "Glance's filesystem store.", default="/var/lib/glance/images")
+    cache_dir: str = _option(
+        "--cache-dir DIR", "What the compute nodes mount as Nova's _base.", default="/var/lib/glance/imagecache"
+    )
+    owner: tuple[int, int] = _option(
         "--owner USER[:GROUP]",
         "Owner of the links; names or numbers. Without a group, the user's own.",
         type=_owner,
         default="qemu:qemu",
-    ),
-    _option("--mode OCTAL", "Mode of the links: everybody reads, others do not write.", type=_mode, default="0644"),
-    _option(
-        "--disk-format NAME",
-        "Formats to link; repeatable.",
-        "disk_formats",
-        envvar="LN_IMAGES_DISK_FORMAT",
-        type=_disk_format,
-        multiple=True,
-        default=DISK_FORMATS,
-    ),
-    _option(
+    )
+    mode: int = _option(
+        "--mode OCTAL", "Mode of the links: everybody reads, others do not write.", type=_mode, default="0644"
+    )
+    disk_formats: Sequence[str] = _option(
+        "--disk-format NAME", "Formats to link; repeatable.", type=_disk_format, multiple=True, default=DISK_FORMATS
+    )
+    os_cloud: str | None = _option(
         "--os-cloud NAME",
         "A clouds.yaml entry; needs ln-images[clouds]. Otherwise OS_* from the environment.",
         envvar=["LN_IMAGES_OS_CLOUD", "OS_CLOUD"],
-    ),
-    _option("--timeout SECONDS", "For each HTTP request.", type=_LENGTH, default=30),
-    _option("--full", "Ask Glance about every image, not just those not yet linked."),
-    _option(
+    )
+    timeout: float = _option("--timeout SECONDS", "For each HTTP request.", type=_LENGTH, default=30)
+    full: bool = _option("--full", "Ask Glance about every image, not just those not yet linked.")
+    every: float | None = _option(
         "--every SECONDS", "Repeat the pass in one process, and react at once to what Glance finishes.", type=_LENGTH
-    ),
-    _option(
-        "--for SECONDS",
-        "End the repeating in time; for crontab lines that start once a minute.",
-        "for_seconds",
-        envvar="LN_IMAGES_FOR",
-        type=_LENGTH,
-    ),
-    _option("--prune", "Also retire, and later remove, bases that nothing needs."),
-    _option(
+    )
+    for_seconds: float | None = _option(
+        "--for SECONDS", "End the repeating in time; for crontab lines that start once a minute.", type=_LENGTH
+    )
+    prune: bool = _option("--prune", "Also retire, and later remove, bases that nothing needs.")
+    prune_after: float = _option(
         "--prune-after DURATION",
         "How long nothing must have used a base, until it is retired and again until it is removed.",
         type=_duration,
         default="24h",
-    ),
-    _option("--prune-unmarked", "With --prune: also bases that this command did not link."),
-    _option(
+    )
+    prune_unmarked: bool = _option("--prune-unmarked", "With --prune: also bases that this command did not link.")
+    instances_dirs: Sequence[str] = _option(
         "--instances-dir DIR",
         "Instance disks whose backing files are never pruned; repeatable.",
-        "instances_dirs",
-        envvar="LN_IMAGES_INSTANCES_DIR",
         type=click.Path(exists=True, file_okay=False),
         multiple=True,
-    ),
-    _option("--verify", "Also read each linked image and compare it with Glance's checksum."),
-    _option("-n,--dry-run", "Say what would be done; touch nothing."),
-    _option(
+    )
+    verify: bool = _option("--verify", "Also read each linked image and compare it with Glance's checksum.")
+    dry_run: bool = _option("-n,--dry-run", "Say what would be done; touch nothing.")
+    format: str = _option(
         "--format [text|json]",
         "Report on standard output; json is one line a pass.",
         type=click.Choice(["text", "json"]),
         default="text",
-    ),
-    _option("--log-file PATH", "Rotating log, 1 MiB x 5."),
-    _option("--metrics-file PATH", "Prometheus textfile; needs ln-images[metrics]."),
-    _option("-v,--verbose", "List present images too, and say more."),
-    _option("-q,--quiet", "Errors only."),
-]
+    )
+    log_file: str | None = _option("--log-file PATH", "Rotating log, 1 MiB x 5.")
+    metrics_file: str | None = _option("--metrics-file PATH", "Prometheus textfile; needs ln-images[metrics].")
+    verbose: bool = _option("-v,--verbose", "List present images too, and say more.")
+    quiet: bool = _option("-q,--quiet", "Errors only.")
+
+
+def parameters() -> list[click.Parameter]:
+    """The options as click reads them, each into the field of its name."""
+    for one in fields(Options):
+        one.metadata["option"].name = one.name
+    return [one.metadata["option"] for one in fields(Options)]

@@ -9,7 +9,8 @@ import re
 import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from ln_images.model import UNMARKABLE, Base, File, Image, Look, Options, Outcome, Verdict
+from ln_images.model import UNMARKABLE, Base, File, Image, Look, Outcome, Verdict
+from ln_images.options import Options
 
 # Glance accepts ids chosen by the user in this form, upper case included, and stores them as they are
 # (glance.api.v2.images, oslo_utils.uuidutils.is_uuid_like).

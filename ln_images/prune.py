@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from ln_images import nova
 from ln_images.instances import Disks, open_inodes, read_disks
-from ln_images.model import Base, ConfigurationError, Image, LnImagesError, Options, Outcome, Server, Verdict
+from ln_images.model import Base, ConfigurationError, Image, LnImagesError, Outcome, Server, Verdict
+from ln_images.options import Options
 from ln_images.plan import IN_FLIGHT, cache_name
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ from ln_images.model import (
     Image,
     LnImagesError,
     Look,
-    Options,
     Outcome,
     Pass,
     Result,
     Verdict,
 )
+from ln_images.options import Options
 
 LOG = logging.getLogger(__name__)
 # Past this many ids, asking for them in groups costs more than listing every image.

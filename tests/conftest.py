@@ -26,6 +26,7 @@ from cloud import REGION, ROOT, Cloud
 from compute import Compute, in_catalog
 from faulty import Faulty, Front, Rule, Variables
 from ln_images.cli import main
+from ln_images.options import Options
 
 # Whatever ends the tests, the servers that they started are stopped first. A shell that runs the tests in the
 # background has them ignore SIGINT, and so would the command that they start.
@@ -45,6 +46,9 @@ OWNER = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())
 NO_OPENRC = dict.fromkeys(
     ("OS_AUTH_URL", "OS_USERNAME", "OS_PASSWORD", "OS_PROJECT_NAME", "OS_USER_DOMAIN_NAME", "OS_PROJECT_DOMAIN_NAME")
 )
+# What the command takes where it is given nothing, but for an owner that every machine has.
+with main.make_context("ln-images", [f"--owner={OWNER[0]}:{OWNER[1]}"]) as context:
+    DEFAULTS = Options(**context.params)
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root: mounts, devices and other owners")
 
 

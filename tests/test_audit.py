@@ -11,15 +11,16 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cloud import wait_until
-from conftest import COMMAND, OWNER, Node
+from conftest import COMMAND, DEFAULTS, Node
 from corpus import MIB
 from ln_images.keystone import connect
-from ln_images.model import DISK_FORMATS, Options, Outcome, Pass
+from ln_images.model import Outcome, Pass
 from ln_images.run import Passes
 
 # Two steps of reading, and no holes.
@@ -66,14 +67,7 @@ def verified(node: Node, *during: Callable[[], object]) -> Pass:
 
         yield step
 
-    chosen = Options(
-        images_dir=str(node.images),
-        cache_dir=str(node.cache),
-        owner=OWNER,
-        mode=0o644,
-        disk_formats=DISK_FORMATS,
-        verify=True,
-    )
+    chosen = replace(DEFAULTS, images_dir=str(node.images), cache_dir=str(node.cache), verify=True)
     made = Passes(chosen, connect(node.cloud.environment(), 30), progress).whole()
     assert not waiting
     return made

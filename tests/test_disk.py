@@ -15,17 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from conftest import OWNER, needs_root
+from conftest import DEFAULTS, OWNER, needs_root
 from ln_images.disk import Disk
 from ln_images.inode import MARK, SIZE_MARK
-from ln_images.model import AnotherRunError, ConfigurationError, Image, Options, Outcome, Verdict
+from ln_images.model import AnotherRunError, ConfigurationError, Image, Outcome, Verdict
+from ln_images.options import Options
 from ln_images.plan import cache_name
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 DATA = b"\x01" * 5000
 IMAGE = Image(ID, "name", "active", "raw", len(DATA))
 MARKS = (ID.encode(), b"5000")
-OPTIONS = Options(images_dir="", cache_dir="", owner=OWNER, mode=0o644, disk_formats=("raw",))
+OPTIONS = replace(DEFAULTS, disk_formats=("raw",))
 LINKED, PRESENT, REPAIRED = Verdict(Outcome.LINKED), Verdict(Outcome.PRESENT), Verdict(Outcome.REPAIRED)
 
 

@@ -8,15 +8,16 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import OWNER, Node, needs_root
+from conftest import DEFAULTS, Node, needs_root
 from faulty import Front, Variables
 from ln_images.keystone import connect
-from ln_images.model import DISK_FORMATS, ConfigurationError, Options, Outcome, Pass
+from ln_images.model import ConfigurationError, Outcome, Pass
 from ln_images.plan import UNKNOWN
 from ln_images.run import Passes
 
@@ -36,9 +37,8 @@ def no_progress(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
 
 def passes_of(node: Node, variables: Variables = EMPTY, /, **options: Any) -> Passes:
     """What makes passes on a node."""
-    directories = {"images_dir": str(node.images), "cache_dir": str(node.cache)}
-    given = {"owner": OWNER, "mode": 0o644, "disk_formats": DISK_FORMATS, **directories, **options}
-    return Passes(Options(**given), connect(node.environment(**variables), 30), no_progress)
+    given = {"images_dir": str(node.images), "cache_dir": str(node.cache), **options}
+    return Passes(replace(DEFAULTS, **given), connect(node.environment(**variables), 30), no_progress)
 
 
 def told(made: Pass) -> dict[str, tuple[Outcome, str]]:

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ln_images.model import UNMARKABLE, File, Image, Options, Outcome, Verdict
+from conftest import DEFAULTS
+from ln_images.model import UNMARKABLE, File, Image, Outcome, Verdict
 from ln_images.plan import IN_FLIGHT, cache_name, is_downloading, is_image_id, judge_files, judge_image, look
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = ID.upper()
-OPTIONS = Options(images_dir="", cache_dir="", owner=(107, 108), mode=0o644, disk_formats=("raw", "qcow2"))
+OPTIONS = replace(DEFAULTS, owner=(107, 108), disk_formats=("raw", "qcow2"))
 IMAGE = Image(ID, "name", "active", "raw", 1000)
 SOURCE = File(stat.S_IFREG | 0o640, 11, 1, links=1, uid=64062, gid=64062, size=1000, changed=0.0)
 LINK = SOURCE._replace(mode=stat.S_IFREG | 0o644, uid=107, gid=108, links=2, mark=ID, marked_size=1000)

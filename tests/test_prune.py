@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from keystoneauth1.token_endpoint import Token
 from cloud import REGION, wait_until
 from compute import Compute, Fault, in_catalog
 from compute import server as a_server
-from conftest import COMMAND, NO_OPENRC, OWNER, Node, block, needs_root
+from conftest import COMMAND, DEFAULTS, NO_OPENRC, OWNER, Node, block, needs_root
 from faulty import Answer, Front
 from ln_images.disk import Disk
 from ln_images.inode import MARK, SIZE_MARK
 from ln_images.instances import Disks, open_inodes
 from ln_images.keystone import Connection
-from ln_images.model import DISK_FORMATS, Base, File, Image, Options, Outcome, Server, Verdict
+from ln_images.model import Base, File, Image, Outcome, Server, Verdict
+from ln_images.options import Options
 from ln_images.plan import cache_name, look
 from ln_images.prune import Evidence, age, clean_up, judge, needed, restless
 from test_faults import formatted
@@ -168,9 +170,8 @@ def test_ids_are_compared_without_regard_to_case(ours: str, theirs: str, server_
 
 def options(place: Path, **changes: Any) -> Options:
     """A clean-up of what lies in ``images`` and ``cache`` below ``place``; by default nothing need be old."""
-    values = {"owner": OWNER, "mode": 0o644, "disk_formats": DISK_FORMATS, "prune": True, "prune_after": 0}
-    values |= {"images_dir": str(place / "images"), "cache_dir": str(place / "cache")}
-    return Options(**values | changes)  # type: ignore[arg-type]
+    where = {"images_dir": str(place / "images"), "cache_dir": str(place / "cache")}
+    return replace(DEFAULTS, prune=True, prune_after=0, **where | changes)
 
 
 @pytest.fixture(params=["here", pytest.param("without RENAME_NOREPLACE", marks=needs_root)])
