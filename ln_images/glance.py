@@ -1,12 +1,17 @@
 """Session -> images."""
 
 import contextlib
+import functools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ln_images.keystone import Connection, asking
+from glanceclient.v2.images import Controller
+from keystoneauth1.adapter import Adapter
+from keystoneauth1.exceptions import NotFound
+
+from ln_images.keystone import Connection
 from ln_images.model import ConfigurationError, Image, TemporaryError
 from ln_images.plan import IN_FLIGHT, is_image_id
 
@@ -26,7 +31,6 @@ class Glance:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self._known: Any = None
 
     def images(self, ids: Sequence[str] | None = None) -> list[Image]:
         """Every image that the credential can see, or those of ``ids`` and those in flight; always whole.
@@ -54,10 +58,8 @@ class Glance:
         That alone is no proof: to others than an administrator 404 means less, and a gateway that is ill says it, too.
         Raises as :meth:`images` does.
         """
-        from glanceclient import exc
-
-        images = self._images()
-        with asking("Glance", self.connection.seconds), contextlib.suppress(exc.HTTPNotFound):
+        images = self._images
+        with self.connection.asking("Glance"), contextlib.suppress(NotFound):
             images.get(image_id)
             return False
         return True
@@ -73,9 +75,9 @@ class Glance:
         return found
 
     def _listed(self, at_most: int | None = None, **filters: str) -> dict[str, Image]:
-        images = self._images()
+        images = self._images
         found: dict[str, Image] = {}
-        with asking("Glance", self.connection.seconds) as begin:
+        with self.connection.asking("Glance") as begin:
             images.http_client.begin = begin
             query = {"visibility": "all"} | filters
             for document in images.list(page_size=at_most or PAGE_SIZE, limit=at_most, filters=query):
@@ -85,45 +87,48 @@ class Glance:
                 found[image.id] = image
         return found
 
+    @functools.cached_property
     def _images(self) -> Any:
         """Glanceclient's images, behind a look at each page."""
-        if self._known is None:
-            connection = self.connection
-            chosen: dict[str, Any] = {"region_name": connection.region, "interface": connection.interface}
-            with asking("Keystone", connection.seconds):
-                endpoint = connection.session.get_endpoint(service_type="image", **chosen)
-            if endpoint is None:
-                raise ConfigurationError("the token names no image service: check OS_PROJECT_NAME and OS_REGION_NAME")
-            if not connection.is_administrator():
-                LOG.warning("the credential has no admin role: other projects' private images are not seen")
-            # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version already.
-            unversioned = re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint)
-            self._known = _images(connection.session, endpoint_override=unversioned, **chosen)
-        return self._known
+        connection = self.connection
+        with connection.asking("Keystone"):
+            endpoint = connection.session.get_endpoint(
+                service_type="image", region_name=connection.region, interface=connection.interface
+            )
+        if endpoint is None:
+            raise ConfigurationError("the token names no image service: check OS_PROJECT_NAME and OS_REGION_NAME")
+        if not connection.is_administrator():
+            LOG.warning("the credential has no admin role: other projects' private images are not seen")
+        # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version already.
+        unversioned = re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint)
+        return _Images(_Pages(Adapter(connection.session, endpoint_override=unversioned)), None)
 
 
-def _images(session: Any, **chosen: Any) -> Any:
-    from glanceclient.common.http import SessionClient
-    from glanceclient.v2.images import Controller
-    from glanceclient.v2.schemas import Controller as Schemas
+class _Images(Controller):  # type: ignore[misc]
+    """Images as Glance has them: whatever they have, no schema is asked for."""
 
-    class Pages(SessionClient):  # type: ignore[misc]
-        """Each page has its own time. One that is no list of images, or brings nothing but a next one, is broken."""
+    unvalidated_model = dict
 
-        begin: Callable[[], None] = staticmethod(lambda: None)
 
-        def get(self, url: str, **kwargs: Any) -> tuple[Any, Any]:
-            self.begin()
-            answer, body = super().get(url, **kwargs)
-            if url.startswith("/v2/images?"):
-                if not isinstance(body, dict) or not isinstance(body.get("images"), list):
-                    raise TemporaryError("Glance answers with something that is no list of images: look at its log")
-                if body.get("next") and not body["images"]:
-                    raise TemporaryError("Glance lists a page that brings nothing: its paging is broken")
-            return answer, body
+class _Pages:
+    """Each page has its own time. One that is no list of images, or brings nothing but a next one, is broken."""
 
-    client = Pages(session, **chosen)
-    return Controller(client, Schemas(client))
+    begin: Callable[[], None]
+
+    def __init__(self, glance: Adapter) -> None:
+        self._glance = glance
+
+    def get(self, url: str, **_: Any) -> tuple[Any, Any]:
+        """The answer to a question, and what it says."""
+        self.begin()
+        answer = self._glance.get(url)
+        body = answer.json()
+        if url.startswith("/v2/images?"):
+            if not isinstance(body, dict) or not isinstance(body.get("images"), list):
+                raise TemporaryError("Glance answers with something that is no list of images: look at its log")
+            if body.get("next") and not body["images"]:
+                raise TemporaryError("Glance lists a page that brings nothing: its paging is broken")
+        return answer, body
 
 
 def image_of(document: Mapping[str, Any]) -> Image:

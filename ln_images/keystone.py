@@ -6,16 +6,14 @@ import re
 import signal
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from keystoneauth1 import exceptions, loading
+from keystoneauth1.loading import Opt
+from keystoneauth1.session import Session, TCPKeepAliveAdapter
 
 from ln_images import __version__
 from ln_images.model import ConfigurationError, LnImagesError, TemporaryError
-
-if TYPE_CHECKING:
-    from keystoneauth1.loading import BaseLoader, Opt
-    from keystoneauth1.plugin import BaseAuthPlugin
-    from keystoneauth1.session import Session
-    from requests.adapters import HTTPAdapter
 
 _LINE = 200
 # Several requests may make one question, such as the search for Keystone's version before the token.
@@ -31,37 +29,52 @@ class Connection:
     """An authenticated session, and what chooses the endpoints from its catalog.
 
     ``region`` and ``interface`` are as ``OS_REGION_NAME`` and ``OS_INTERFACE``. ``timeout`` is in seconds, for one
-    request; a question to a service may take ``seconds``.
+    request.
     """
 
-    def __init__(
-        self, session: "Session", region: str | None, interface: str | list[str] | None, timeout: float
-    ) -> None:
+    def __init__(self, session: Session, region: str | None, interface: str | list[str] | None, timeout: float) -> None:
         for scheme in ("http://", "https://"):
-            session.session.mount(scheme, _bounded())
-        _name_keystone(session.auth)
+            session.session.mount(scheme, _Bounded())
         self.session, self.region, self.interface = session, region, interface
-        self.seconds = _REQUESTS * timeout
+        self._seconds = _REQUESTS * timeout
 
     def is_administrator(self) -> bool:
         """Glance shows every project's images only to the role ``admin`` (its default policy). Raises LnImagesError."""
         get_access = getattr(self.session.auth, "get_access", None)
-        with asking("Keystone", self.seconds):
+        with self.asking("Keystone"):
             return get_access is None or "admin" in (role.lower() for role in get_access(self.session).role_names)
 
+    @contextlib.contextmanager
+    def asking(self, service: str) -> Iterator[Callable[[], None]]:
+        """Turns whatever goes wrong while a service is asked into one of our errors, and ends what takes too long.
 
-def _name_keystone(auth: Any) -> None:
-    """Lets what goes wrong with a token be Keystone's fault, also where it was renewed while another was asked."""
-    ask = getattr(auth, "get_auth_ref", None)
+        Gives a function that begins the time anew, for the next question of a series. The libraries let more through
+        than their own exceptions: bare ``Exception``, ``OSError`` of requests, and ``KeyError`` or ``TypeError`` from
+        answers of another shape. And some servers are never done: a body may come byte by byte, and keystoneauth1
+        5.18.1 waits for itself where a search for Keystone's versions is answered with 401.
+        """
 
-    def asked(*args: Any, **kwargs: Any) -> Any:
+        def late(*_: object) -> None:
+            within = f"within {self._seconds:g} s"
+            raise TemporaryError(f"{service} has not answered whole {within}: look at its log and the network")
+
+        def begin() -> None:
+            # Again every second, should a library swallow the first.
+            signal.setitimer(signal.ITIMER_REAL, self._seconds, 1)
+
+        if service != "Keystone":
+            # A token that has to be renewed is Keystone's affair.
+            with self.asking("Keystone"):
+                self.session.get_auth_headers()
+        before = signal.signal(signal.SIGALRM, late)
         try:
-            return ask(*args, **kwargs)  # type: ignore[misc]
+            begin()
+            yield begin
         except Exception as error:
-            raise _translated("Keystone", error) from None
-
-    if ask is not None:
-        auth.get_auth_ref = asked
+            raise _translated(service, error) from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 def connect(environment: Mapping[str, str], timeout: float, os_cloud: str | None = None) -> Connection:
@@ -72,8 +85,6 @@ def connect(environment: Mapping[str, str], timeout: float, os_cloud: str | None
     """
     if os_cloud is not None:
         return _connect_by_name(os_cloud, timeout)
-    from keystoneauth1.session import Session
-
     given = {name: value for name, value in environment.items() if value}
     cert, key = _file(given, "OS_CERT"), _file(given, "OS_KEY")
     session = Session(
@@ -104,19 +115,17 @@ def _connect_by_name(os_cloud: str, timeout: float) -> Connection:
         raise ConfigurationError(f"--os-cloud {os_cloud}: {_line(error)}: check its entry in clouds.yaml") from None
 
 
-def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
+def _auth(given: Mapping[str, str]) -> Any:
     """The auth plugin that ``OS_AUTH_TYPE`` names, from its own options' ``OS_*`` variables."""
-    from keystoneauth1 import exceptions, loading
-
     auth_type = given.get("OS_AUTH_TYPE", "password")
     try:
-        loader: BaseLoader[BaseAuthPlugin] = loading.get_plugin_loader(auth_type)
+        loader: Any = loading.get_plugin_loader(auth_type)
     except exceptions.NoMatchingPlugin:
         known = ", ".join(sorted(loading.get_available_plugin_names()))
         raise ConfigurationError(f"OS_AUTH_TYPE={auth_type} is no auth plugin known here: use one of {known}") from None
     scoped = auth_type == "v3applicationcredential"
 
-    def value(option: "Opt") -> Any:
+    def value(option: Opt) -> Any:
         if scoped and _SCOPE.fullmatch(option.dest):
             return None
         return next((given[name] for name in _variables(option) if name in given), option.default)
@@ -133,7 +142,7 @@ def _auth(given: Mapping[str, str]) -> "BaseAuthPlugin":
         raise ConfigurationError(f"OS_AUTH_TYPE={auth_type}: {_line(error)}: check your openrc") from None
 
 
-def _variables(option: "Opt") -> list[str]:
+def _variables(option: Opt) -> list[str]:
     """The variables that an option is read from, deprecated spellings last, as in keystoneauth1's own command lines."""
     return [f"OS_{one.name.replace('-', '_').upper()}" for one in (option, *option.deprecated)]
 
@@ -146,7 +155,7 @@ def _is_url(text: str) -> bool:
         return False
 
 
-def _missing(values: Mapping[str, Any], options: Mapping[str, "Opt"]) -> list[str]:
+def _missing(values: Mapping[str, Any], options: Mapping[str, Opt]) -> list[str]:
     """The variables without which the plugin would fail late, or with no word of what is missing."""
     default_domain = ("default_domain_name", "default_domain_id")
     needed: list[tuple[str, ...]] = [
@@ -171,43 +180,12 @@ def _file(given: Mapping[str, str], variable: str) -> str | None:
     return path
 
 
-@contextlib.contextmanager
-def asking(service: str, seconds: float) -> Iterator[Callable[[], None]]:
-    """Turns whatever goes wrong while a service is asked into one of our errors, and ends what takes too long.
-
-    Gives a function that begins the time anew, for the next question of a series. The libraries let more through than
-    their own exceptions: bare ``Exception``, ``OSError`` of requests, and ``KeyError`` or ``TypeError`` from answers
-    of another shape. And some servers are never done: a body may come byte by byte, and keystoneauth1 5.18.1 waits for
-    itself where a search for Keystone's versions is answered with 401.
-    """
-
-    def late(*_: object) -> None:
-        raise TemporaryError(f"{service} has not answered whole within {seconds:g} s: look at its log and the network")
-
-    def begin() -> None:
-        # Again every second, should a library swallow the first.
-        signal.setitimer(signal.ITIMER_REAL, seconds, 1)
-
-    before = signal.signal(signal.SIGALRM, late)
-    try:
-        begin()
-        yield begin
-    except Exception as error:
-        raise _translated(service, error) from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def _translated(service: str, error: Exception) -> LnImagesError:
     """Our error for one of another library's. What a service says of itself is not repeated: it could be a secret."""
     if isinstance(error, LnImagesError):
         return error
-    from glanceclient import exc
-    from keystoneauth1 import exceptions
-
-    status = getattr(error, "http_status", None) or getattr(error, "code", None)
-    said = f"HTTP {status}" if isinstance(status, int) and status else type(error).__name__
+    status = getattr(error, "http_status", None)
+    said = f"HTTP {status}" if status else type(error).__name__
     if status in (401, 403) or (service == "Keystone" and status in (400, 404)):
         return ConfigurationError(f"{service} refuses the credentials: {said}: check your openrc")
     if isinstance(error, exceptions.EndpointNotFound):
@@ -225,8 +203,7 @@ def _translated(service: str, error: Exception) -> LnImagesError:
         )
     if isinstance(error, _AnswerError):
         return TemporaryError(f"{service} cannot be asked: {error}: look at its log, the next pass asks again")
-    told = (exceptions.ConnectFailure, exceptions.ConnectTimeout, exceptions.DiscoveryFailure)
-    if isinstance(error, (*told, exc.CommunicationError, exc.InvalidEndpoint)):
+    if isinstance(error, (exceptions.ConnectFailure, exceptions.ConnectTimeout, exceptions.DiscoveryFailure)):
         said = f"{said}: {_line(error)}"
     return TemporaryError(f"{service} cannot be asked: {said}: if it is not down, check OS_AUTH_URL and the catalog")
 
@@ -240,26 +217,22 @@ def _line(error: Exception) -> str:
     return text if len(text) <= _LINE else f"{text[:_LINE]}..."
 
 
-def _bounded() -> "HTTPAdapter":
+class _Bounded(TCPKeepAliveAdapter):
     """What carries requests and reads no more of an answer than fits into memory, unpacked."""
-    from keystoneauth1.session import TCPKeepAliveAdapter
 
-    class Bounded(TCPKeepAliveAdapter):
-        def send(self, *args: Any, **kwargs: Any) -> Any:
-            with contextlib.closing(super().send(*args, **kwargs)) as answer:
-                if answer.status_code in _BUSY:
-                    wait = answer.headers.get("Retry-After", "")
-                    hint = f", it asks to wait {wait} s" if wait.isascii() and wait.isdecimal() else ""
-                    raise _AnswerError(f"HTTP {answer.status_code}{hint}")
-                body = bytearray()
-                for chunk in answer.iter_content(65536):
-                    body += chunk
-                    if len(body) > _BODY_BYTES:
-                        raise _AnswerError(f"an answer of more than {_BODY_BYTES >> 20} MiB")
-            answer._content = bytes(body)
-            return answer
-
-    return Bounded()
+    def send(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.closing(super().send(*args, **kwargs)) as answer:
+            if answer.status_code in _BUSY:
+                wait = answer.headers.get("Retry-After", "")
+                hint = f", it asks to wait {wait} s" if wait.isascii() and wait.isdecimal() else ""
+                raise _AnswerError(f"HTTP {answer.status_code}{hint}")
+            body = bytearray()
+            for chunk in answer.iter_content(65536):
+                body += chunk
+                if len(body) > _BODY_BYTES:
+                    raise _AnswerError(f"an answer of more than {_BODY_BYTES >> 20} MiB")
+        answer._content = bytes(body)
+        return answer
 
 
 class _AnswerError(Exception):

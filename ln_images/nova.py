@@ -4,7 +4,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ln_images.keystone import Connection, asking
+from keystoneauth1.adapter import Adapter
+from keystoneauth1.exceptions import NotAcceptable
+
+from ln_images.keystone import Connection
 from ln_images.model import ConfigurationError, Server, TemporaryError
 
 PAGE_SIZE = 1000
@@ -26,7 +29,7 @@ def servers(connection: Connection) -> tuple[list[Server], bool]:
     found: list[Server] = []
     proof = True
     for region, endpoint in _endpoints(connection):
-        with asking(f"Nova{region and f' in {region}'}", connection.seconds) as begin:
+        with connection.asking(f"Nova{region and f' in {region}'}") as begin:
             more, recent = _of_endpoint(connection, endpoint, begin)
         found += more
         proof = proof and recent
@@ -36,7 +39,7 @@ def servers(connection: Connection) -> tuple[list[Server], bool]:
 def _endpoints(connection: Connection) -> list[tuple[str, str]]:
     """The region and URL of each compute endpoint in the catalog, on the interface in use, at ``/v2.1``."""
     interface = connection.interface or "public"
-    with asking("Keystone", connection.seconds):
+    with connection.asking("Keystone"):
         get_access = getattr(connection.session.auth, "get_access", None)
         if get_access is None:
             # Such a plugin, as admin_token, knows one endpoint and no catalog.
@@ -64,9 +67,6 @@ def _compute(catalog: Any, interface: Any = None, region: str | None = None) -> 
 
 
 def _of_endpoint(connection: Connection, endpoint: str, begin: Callable[[], None]) -> tuple[list[Server], bool]:
-    from keystoneauth1 import exceptions
-    from keystoneauth1.adapter import Adapter
-
     nova = Adapter(connection.session, endpoint_override=endpoint, service_type="compute")
 
     def get(path: str, microversion: str = _CELLS, **query: str) -> Any:
@@ -77,7 +77,7 @@ def _of_endpoint(connection: Connection, endpoint: str, begin: Callable[[], None
     # a list that is paged or filtered leaves them out and says nothing.
     try:
         first, proof = get("/servers/detail", _TRUE_NAMES, all_tenants="1"), True
-    except exceptions.NotAcceptable:
+    except NotAcceptable:
         first, proof = get("/servers/detail", all_tenants="1"), False
     found = _all_servers(get)
     # Asked last: also a cell that went down while the list was paged is told here.

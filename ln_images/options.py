@@ -86,12 +86,9 @@ def _option(usage: str, text: str, **attributes: Any) -> Any:
     """A field of Options, with the option as ``--help`` shows it. Without a value it is a flag."""
     flags, _, metavar = usage.partition(" ")
     names = flags.split(",")
-    given: dict[str, Any] = {
-        "metavar": metavar or None,
-        "is_flag": not metavar,
-        "envvar": f"LN_IMAGES_{names[-1].strip('-').replace('-', '_').upper()}",
-    }
-    return field(metadata={"option": click.Option(names, help=text, show_default=True, **given | attributes)})
+    attributes |= {"metavar": metavar} if metavar else {"is_flag": True}
+    attributes.setdefault("envvar", f"LN_IMAGES_{names[-1].strip('-').replace('-', '_').upper()}")
+    return field(metadata={"option": click.Option(names, help=text, show_default=True, **attributes)})
 
 
 @dataclass(frozen=True)

@@ -170,8 +170,13 @@ def test_ids_are_compared_without_regard_to_case(ours: str, theirs: str, server_
 
 def options(place: Path, **changes: Any) -> Options:
     """A clean-up of what lies in ``images`` and ``cache`` below ``place``; by default nothing need be old."""
-    where = {"images_dir": str(place / "images"), "cache_dir": str(place / "cache")}
-    return replace(DEFAULTS, prune=True, prune_after=0, **where | changes)
+    values: dict[str, Any] = {
+        "images_dir": str(place / "images"),
+        "cache_dir": str(place / "cache"),
+        "prune": True,
+        "prune_after": 0,
+    }
+    return replace(DEFAULTS, **values | changes)
 
 
 @pytest.fixture(params=["here", pytest.param("without RENAME_NOREPLACE", marks=needs_root)])
