@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import traceback
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -62,10 +63,6 @@ class Connection:
             # Again every second, should a library swallow the first.
             signal.setitimer(signal.ITIMER_REAL, self._seconds, 1)
 
-        if service != "Keystone":
-            # A token that has to be renewed is Keystone's affair.
-            with self.asking("Keystone"):
-                self.session.get_auth_headers()
         before = signal.signal(signal.SIGALRM, late)
         try:
             begin()
@@ -184,6 +181,9 @@ def _translated(service: str, error: Exception) -> LnImagesError:
     """Our error for one of another library's. What a service says of itself is not repeated: it could be a secret."""
     if isinstance(error, LnImagesError):
         return error
+    # A token may be renewed while another service is asked.
+    if "get_auth_ref" in (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)):
+        service = "Keystone"
     status = getattr(error, "http_status", None)
     said = f"HTTP {status}" if status else type(error).__name__
     if status in (401, 403) or (service == "Keystone" and status in (400, 404)):

@@ -40,13 +40,12 @@ def set_up(log_file: str | None, verbose: bool, quiet: bool) -> int:
         return 0
     try:
         handler = _File(log_file, maxBytes=2**20, backupCount=5, encoding="utf-8", errors="backslashreplace")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise ConfigurationError(
-            f"--log-file {log_file}: {error.strerror}: name a file in a directory that exists"
-        ) from None
     except OSError as error:
-        LOG.error("--log-file %s: %s: nothing is logged there", log_file, error.strerror)
-        return ConfigurationError.exit_status
+        fault = ConfigurationError(f"--log-file {log_file}: {error.strerror}: name a file that can be written")
+        if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+            raise fault from None
+        LOG.error("%s", fault)
+        return fault.exit_status
     handler.setLevel(logging.DEBUG if verbose else logging.INFO)
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(filename)s:%(lineno)d %(message)s"))
     _OURS.addHandler(handler)
@@ -70,24 +69,15 @@ class _File(logging.handlers.RotatingFileHandler):
     def _open(self) -> Any:
         return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_private)
 
-    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802
-        # Another run, or logrotate, may have given the file another name.
-        if self.stream is not None and not _is_named(self.stream.fileno(), self.baseFilename):
-            self.stream.close()
-            self.stream = self._open()
-        return bool(super().shouldRollover(record))
+    def emit(self, record: logging.LogRecord) -> None:
+        # Opened anew for each line: another run, or logrotate, may give the file another name.
+        super().emit(record)
+        self.close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802
         if not self.told:
             self.told = True
             LOG.error("--log-file %s: %s: nothing is logged there", self.baseFilename, sys.exc_info()[1])
-
-
-def _is_named(descriptor: int, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _private(path: str, flags: int) -> int:
