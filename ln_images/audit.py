@@ -3,8 +3,8 @@
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 from ln_images.disk import Disk, failure
 from ln_images.glance import Glance
@@ -15,8 +15,8 @@ from ln_images.plan import judge_image
 
 # What has a link, or gets one.
 _LINKS = frozenset({Outcome.LINKED, Outcome.REPAIRED, Outcome.PRESENT})
-# Shows how far something of a total size has come: it is told the size of each step.
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+# Makes click's progress bar for something of a total size.
+Progress = Callable[[str, int], Any]
 
 
 def audit(options: Options, glance: Glance, disk: Disk, progress: Progress) -> tuple[Audit, dict[str, Verdict]]:
@@ -30,8 +30,8 @@ def audit(options: Options, glance: Glance, disk: Disk, progress: Progress) -> t
     images = [image for image in asked if disk.settle(image, rehearsal).outcome in _LINKS]
     checkable = [image for image in images if can_digest(image.checksum)]
     total = sum(image.size or 0 for image in checkable)
-    with progress("Verifying", total) as step:
-        verdicts = {image.id: verdict for image in checkable if (verdict := _verify(glance, disk, image, step))}
+    with progress("Verifying", total) as bar:
+        verdicts = {image.id: verdict for image in checkable if (verdict := _verify(glance, disk, image, bar.update))}
     return Audit(len(checkable), len(images) - len(checkable), total, time.monotonic() - start), verdicts
 
 
@@ -40,12 +40,14 @@ def _verify(glance: Glance, disk: Disk, image: Image, step: Callable[[int], None
     algorithm, uploaded = image.checksum
     try:
         with disk.opened(image.id) as source:
-            found = uploaded if source is None else digest(source, algorithm, step)
-            if source is None or found == uploaded:
+            found = digest(source, algorithm, step)
+            if found == uploaded:
                 return None
             again, now = digest(source, algorithm, lambda _: None), disk.source(image.id)
             if again != found or now is None or now.inode != os.fstat(source).st_ino:
                 return None
+    except FileNotFoundError:
+        return None
     except OSError as error:
         return failure(error)
     still = glance.images_of([image.id])

@@ -1,6 +1,5 @@
 """The command: options, wiring, exit status. The only place that prints or exits."""
 
-import contextlib
 import json
 import logging
 import os
@@ -9,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import click
@@ -99,7 +98,7 @@ class _Run:
         self._options = options
         self.status = status
         self.turned_away: AnotherRunError | None = None
-        self._made = False
+        self._has_passed = False
         self._fault = self._metrics_fault = ""
         self._passes: Any = None
         self._textfile: Textfile | None = None
@@ -112,37 +111,43 @@ class _Run:
         A repeated one waits for a cloud that goes away, and for another run. Raises LnImagesError otherwise.
         """
         try:
-            made = self._pass(ids)
+            pass_ = self._pass(ids)
         except AnotherRunError as error:
             # The metrics are those of the run at work.
             if self._options.every is None:
                 raise
-            self.turned_away = None if self._made else error
+            self.turned_away = None if self._has_passed else error
             return None
         except LnImagesError as error:
             self._note(error.exit_status)
             if ids is None:
-                self._measure(None, error.exit_status, narrow=False)
+                self._measure(None, error.exit_status)
             if self._options.every is None or not isinstance(error, TemporaryError):
                 raise
             self._tell(str(error))
             return None
-        self._made, self.turned_away = True, None
-        if ids is None:
+        self._has_passed, self.turned_away = True, None
+        if not pass_.narrow:
             # A pass for some images cannot tell whether a clean-up would work again.
-            self._tell("" if made.fault is None else str(made.fault))
-        self._report(made, narrow=ids is not None)
-        waiting = {result.image.id for result in made.results if result.verdict.outcome is Outcome.WAITING}
+            self._tell("" if pass_.fault is None else str(pass_.fault))
+        self._report(pass_)
+        waiting = {result.image.id for result in pass_.results if result.verdict.outcome is Outcome.WAITING}
         # An image whose file is there and which Glance does not list is about to be.
-        return waiting.union(set(ids or ()).difference(result.image.id for result in made.results))
+        return waiting.union(set(ids or ()).difference(result.image.id for result in pass_.results))
 
     def _pass(self, ids: Collection[str] | None) -> Pass:
+        # What a pass needs is imported when it is known that there is one: --help is quick.
+        from ln_images.keystone import connect
+        from ln_images.run import Passes
+
+        options = self._options
         try:
-            self._passes = self._passes or _passes(self._options)
+            if self._passes is None:
+                self._passes = Passes(options, connect(os.environ, options.timeout, options.os_cloud), _progress)
             return self._passes.whole() if ids is None else self._passes.narrow(ids)  # type: ignore[no-any-return]
         except OSError as error:
             # What belongs to one image or one entry is its outcome: this is the directory's.
-            where = error.filename or self._options.cache_dir
+            where = error.filename or options.cache_dir
             raise TemporaryError(f"{where}: {error.strerror}: look at its file system in the kernel's log") from None
 
     def _tell(self, fault: str) -> None:
@@ -157,25 +162,20 @@ class _Run:
         self.status = max(self.status, status, key=_SEVERITY.index)
         return status
 
-    def _report(self, made: Pass, narrow: bool) -> None:
+    def _report(self, pass_: Pass) -> None:
         """What is printed and measured of a pass; of a narrow one only where it changed something."""
-        options = self._options
-        status = self._note(report.exit_status(made))
-        worth_telling = any(result.verdict.outcome in CHANGES | FAULTS for result in made.results)
-        if worth_telling or not (narrow or options.quiet):
-            _print_report(made, status, options)
-        if worth_telling or not narrow:
-            self._measure(made, status, narrow)
+        status = self._note(report.exit_status(pass_))
+        worth_telling = any(result.verdict.outcome in CHANGES | FAULTS for result in pass_.results)
+        if worth_telling or not (pass_.narrow or self._options.quiet):
+            _print_report(pass_, status, self._options)
+        if worth_telling or not pass_.narrow:
+            self._measure(pass_, status)
 
-    def _measure(self, made: Pass | None, status: int, narrow: bool) -> None:
+    def _measure(self, pass_: Pass | None, status: int) -> None:
         """Writes the metrics. A file that cannot be written takes nothing from the pass, and is told once."""
-        if self._textfile is None:
-            return
         try:
-            if made is not None and narrow:
-                self._textfile.add(made)
-            else:
-                self._textfile.write(made, status, time.time())
+            if self._textfile is not None:
+                self._textfile.write(pass_, status, time.time())
         except ConfigurationError as error:
             self._note(error.exit_status)
             if str(error) != self._metrics_fault:
@@ -183,38 +183,23 @@ class _Run:
             self._metrics_fault = str(error)
 
 
-def _passes(options: Options) -> Any:
-    """All that passes share. Wrong directories and missing credentials are told before anything is asked or locked."""
-    # What a pass needs is imported when it is known that there is one: --help is quick.
-    from ln_images.disk import Disk
-    from ln_images.keystone import connect
-    from ln_images.run import Passes
-
-    with Disk(options.images_dir, options.cache_dir):
-        return Passes(options, connect(os.environ, options.timeout, options.os_cloud), _progress)
-
-
-@contextlib.contextmanager
-def _progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def _progress(label: str, total: int) -> Any:
     """A progress bar on standard error for a long way, where somebody sits before it."""
-    if total < _WORTH_A_BAR or not sys.stderr.isatty():
-        yield lambda _: None
-    else:
-        with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
-            yield bar.update
+    hidden = total < _WORTH_A_BAR or not sys.stderr.isatty()
+    return click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden)
 
 
-def _print_report(made: Pass, status: int, options: Options) -> None:
+def _print_report(pass_: Pass, status: int, options: Options) -> None:
     """The report on standard output. Under ``--quiet`` only JSON. One that cannot be written takes nothing away."""
     everything = options.verbose or options.full
     try:
         if options.format == "json":
-            click.echo(json.dumps(report.document(made, status, everything)))
+            click.echo(json.dumps(report.document(pass_, status, everything)))
         elif not options.quiet:
             terminal = sys.stdout is not None and sys.stdout.isatty()
             width = shutil.get_terminal_size().columns if terminal else None
             colour = terminal and not os.environ.get("NO_COLOR")
-            lines = [report.table(report.listed(made, everything), width, everything, colour), report.summary(made)]
+            lines = [report.table(report.listed(pass_, everything), width, everything, colour), report.summary(pass_)]
             click.echo("\n".join(line for line in lines if line), color=colour)
         if sys.stdout is not None:
             sys.stdout.flush()

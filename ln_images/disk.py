@@ -9,7 +9,8 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from ln_images import inspection
 from ln_images.inode import MARK, SERVER_MARK, SIZE_MARK, look_at, mark, mount, opened, project, unmarked
@@ -85,22 +86,15 @@ class Disk:
         except FileNotFoundError:
             return None
 
-    def entries(self, before: Mapping[str, File]) -> Iterator[tuple[str, File | str]]:
+    def entries(self) -> Iterator[tuple[str, File | str]]:
         """The names in the cache and what each stands for, one by one: there may be very many.
 
-        One that cannot be looked at comes with the reason instead. The marks of one that has the inode and the
-        ctime that it had ``before`` are not read again.
+        One that cannot be looked at comes with the reason instead.
         """
         with os.scandir(self._cache) as names:
             for name in names:
                 try:
-                    status = name.stat(follow_symlinks=False)
-                    known = before.get(name.name)
-                    if known is not None and (known.inode, known.changed) == (status.st_ino, status.st_ctime):
-                        # All but the marks is as it is now: a ctime is only as fine as the kernel's tick.
-                        yield name.name, unmarked(status, known.mark, known.marked_size)
-                    else:
-                        yield name.name, look_at(self._cache, name.name, status)
+                    yield name.name, look_at(self._cache, name.name, name.stat(follow_symlinks=False))
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -118,15 +112,11 @@ class Disk:
         with opened(name, self._cache) as descriptor:
             return mark(descriptor, SERVER_MARK)
 
-    def room(self) -> tuple[int, int, int]:
-        """The size of both directories' file system, what is free there, in bytes, and the free inodes."""
-        status = os.fstatvfs(self._cache)
-        return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize, status.f_favail
-
-    def directory(self) -> tuple[int, int]:
-        """The uid and gid that own the cache directory."""
-        status = os.fstat(self._cache)
-        return status.st_uid, status.st_gid
+    def measure(self) -> tuple[int, int, int, int, int]:
+        """Size and free bytes of its file system, the free inodes, and the uid and gid that own the cache directory."""
+        room, status = os.fstatvfs(self._cache), os.fstat(self._cache)
+        size, free = room.f_blocks * room.f_frsize, room.f_bavail * room.f_frsize
+        return size, free, room.f_favail, status.st_uid, status.st_gid
 
     def settle(self, image: Image, options: Options) -> Verdict:
         """Gives one finished image what it needs, or in a dry run says what that would be.
@@ -141,19 +131,22 @@ class Disk:
                 return verdict
             with self.opened(image.id) as source:
                 # Its name may have changed hands since the look: what counts is what was opened.
-                verdict = self._judge(image, unmarked(os.fstat(source)) if source is not None else None, options)
-                if source is None or verdict.outcome not in (Outcome.LINKED, Outcome.REPAIRED):
+                verdict = self._judge(image, unmarked(os.fstat(source)), options)
+                if verdict.outcome not in (Outcome.LINKED, Outcome.REPAIRED):
                     return verdict
                 if verdict.outcome is Outcome.LINKED:
                     self._refuse_quota(source)
-                    objection = inspection.objection(source, image.disk_format)
-                    if objection:
+                    if objection := inspection.objection(source, image.disk_format):
                         return Verdict(Outcome.REFUSED, objection)
                 if not options.dry_run:
                     self._mend(source, image, options)
                     if verdict.outcome is Outcome.LINKED:
                         return self._link(source, image, options)
                 return verdict
+        except FileNotFoundError as error:
+            # Glance's file may have gone meanwhile; else the cache has.
+            gone = not os.access(image.id, os.F_OK, dir_fd=self._images)
+            return judge_files(image, None, None, options) if gone else failure(error)
         except OSError as error:
             return failure(error)
 
@@ -181,15 +174,9 @@ class Disk:
             return failure(error)
         return verdict
 
-    @contextlib.contextmanager
-    def opened(self, image_id: str) -> Iterator[int | None]:
-        """Glance's file, open for reading, or None where there is none any more."""
-        with contextlib.ExitStack() as stack:
-            try:
-                source = stack.enter_context(opened(image_id, self._images))
-            except FileNotFoundError:
-                source = None
-            yield source
+    def opened(self, image_id: str) -> AbstractContextManager[int]:
+        """Glance's file, open for reading."""
+        return opened(image_id, self._images)
 
     def _judge(self, image: Image, source: File | None, options: Options) -> Verdict:
         name = cache_name(image.id)
@@ -197,7 +184,7 @@ class Disk:
         if verdict.outcome is Outcome.LINKED and self._is_downloaded(name):
             return Verdict(Outcome.WAITING, "Nova is downloading it")
         if verdict.outcome is Outcome.OCCUPIED and image.disk_format == "qcow2" and self._is_raw(name):
-            return Verdict(Outcome.OCCUPIED, RAW_COPY)
+            return RAW_COPY
         return verdict
 
     def _is_downloaded(self, name: str) -> bool:
@@ -237,10 +224,6 @@ class Disk:
             os.link(f"/proc/self/fd/{source}", cache_name(image.id), dst_dir_fd=self._cache, follow_symlinks=True)
         except FileExistsError:
             return self._judge(image, unmarked(os.fstat(source)), options)
-        except FileNotFoundError:
-            if os.fstat(source).st_nlink:
-                raise
-            return self._judge(image, None, options)
         return Verdict(Outcome.LINKED)
 
     def _rename(self, old: str, new: str) -> None:

@@ -1,5 +1,6 @@
 """Where log lines go: standard error, and the log file."""
 
+import contextlib
 import logging
 import logging.handlers
 import os
@@ -25,7 +26,7 @@ def to_stderr() -> None:
     handler.setFormatter(_OneLine("ln-images: %(prefix)s%(message)s"))
     handler.setLevel(logging.WARNING)
     # What stands in the report, or is repeated by each run of cron, is for the file.
-    handler.addFilter(lambda record: not hasattr(record, "file_only"))
+    handler.addFilter(lambda record: not getattr(record, "file_only", False))
     _OURS.handlers[:] = [handler]
 
 
@@ -72,7 +73,8 @@ class _File(logging.handlers.RotatingFileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         # Opened anew for each line: another run, or logrotate, may give the file another name.
         super().emit(record)
-        self.close()
+        with contextlib.suppress(OSError):
+            self.close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802
         if not self.told:

@@ -34,12 +34,19 @@ class Textfile:
         self._registry = prometheus_client.CollectorRegistry()
         self._images: Any = None
 
-    def write(self, made: Pass | None, status: int, now: float) -> None:
-        """Tells of a whole pass that ended with exit ``status`` at ``now``, in seconds since the epoch.
+    def write(self, pass_: Pass | None, status: int, now: float) -> None:
+        """Tells of a pass that ended with exit ``status`` at ``now``, in seconds since the epoch.
 
-        ``made`` is None where the pass could not be made. The time of the last success is kept across such
-        passes, and is 0 where there never was one. Raises ConfigurationError where the file cannot be written.
+        ``pass_`` is None where it could not be made. Of a narrow one, what it changed is added to the last whole one's.
+        The time of the last success is kept across passes that could not be made, and is 0 where there never was one.
+        Raises ConfigurationError where the file cannot be written.
         """
+        if pass_ is not None and pass_.narrow:
+            if self._images is not None:
+                for outcome in CHANGES:
+                    self._images.labels(outcome.value).inc(report.counts(pass_)[outcome])
+                self._save()
+            return
         before = self._read()
         self._registry, self._images = self._client.CollectorRegistry(), None
         self._gauge("build_info", "Version of ln-images.", "version").labels(__version__).set(1)
@@ -47,42 +54,34 @@ class Textfile:
         values |= _times("", "the last pass", status, now, before)
         if self._prune:
             values |= _times("prune_", "the last pass with --prune", status, now, before)
-        if made is not None:
-            values |= self._of_pass(made, now)
+        if pass_ is not None:
+            values |= self._of_pass(pass_, now)
         for name, (text, value) in values.items():
             self._gauge(name, text).set(value)
         self._save()
 
-    def add(self, narrow: Pass) -> None:
-        """Counts what was linked since the last whole pass. Raises as :meth:`write` does."""
-        if self._images is not None:
-            for outcome in CHANGES:
-                self._images.labels(outcome.value).inc(report.counts(narrow)[outcome])
-            self._save()
-
     def _gauge(self, name: str, text: str, *labels: str) -> Any:
         return self._client.Gauge(_PREFIX + name, text, labels, registry=self._registry)
 
-    def _of_pass(self, made: Pass, now: float) -> _Values:
+    def _of_pass(self, pass_: Pass, now: float) -> _Values:
         """The values of a pass; those that have labels are set."""
-        found = report.counts(made)
+        found = report.counts(pass_)
         self._images = self._gauge("images", "Images by outcome.", "outcome")
         for outcome in Outcome:
             self._images.labels(outcome.value).set(found[outcome])
         held = self._gauge("held", "Bases in the cache that no image stands behind.", "kind")
         held_bytes = self._gauge("held_bytes", "Bytes that such bases hold.", "kind")
-        for kind, (count, size) in made.held.items():
+        for kind, (count, size) in pass_.held.items():
             held.labels(kind).set(count)
             held_bytes.labels(kind).set(size)
-        unknown = report.unknown(made)
-        raw = sum(result.verdict.reason == RAW_COPY for result in made.results)
-        size, free, free_inodes = made.room
-        uid, gid = made.directory
+        unknown = report.unknown(pass_)
+        raw = sum(result.verdict == RAW_COPY for result in pass_.results)
+        size, free, free_inodes, uid, gid = pass_.cache
         values: _Values = {
             "unknown_files": ("Files in the store that Glance does not know.", len(unknown)),
             "unknown_bytes": ("Bytes of the files in the store that Glance does not know.", sum(unknown)),
             "occupied_raw": ("Images whose name Nova's raw copy has.", raw),
-            "pass_duration_seconds": ("How long the last pass took.", made.duration),
+            "pass_duration_seconds": ("How long the last pass took.", pass_.duration),
             "cache_size_bytes": ("Size of the cache's file system.", size),
             "cache_free_bytes": ("Bytes free on the cache's file system.", free),
             "cache_free_inodes": ("Inodes free on the cache's file system.", free_inodes),
@@ -91,11 +90,11 @@ class Textfile:
         }
         if self._prune:
             values |= {f"prune_{outcome}": (_KEPT, found[outcome]) for outcome in _CLEAN_UP}
-        if made.audit is not None:
+        if pass_.audit is not None:
             values |= {
                 "verify_last_pass_timestamp_seconds": (_KEPT, now),
-                "verify_images": (_KEPT, made.audit.images),
-                "verify_without_checksum": (_KEPT, made.audit.unverified),
+                "verify_images": (_KEPT, pass_.audit.images),
+                "verify_without_checksum": (_KEPT, pass_.audit.unverified),
                 "verify_damaged": (_KEPT, found[Outcome.DAMAGED]),
             }
         return values

@@ -24,9 +24,11 @@ DOWNLOADS = (".part", ".converted")
 # How long, in seconds, such a file may rest before it is a leftover of a crash.
 _DOWNLOAD_RESTS = 600
 
-# Reasons that reports and metrics know again.
-UNKNOWN = "Glance does not know it"
-RAW_COPY = "Nova's raw copy has the cache name: set force_raw_images = False on every node, see docs/recovery.md"
+# Verdicts that reports and metrics know again.
+UNKNOWN = Verdict(Outcome.SKIPPED, "Glance does not know it")
+RAW_COPY = Verdict(
+    Outcome.OCCUPIED, "Nova's raw copy has the cache name: set force_raw_images=False on every node (docs/recovery.md)"
+)
 
 IN_FLIGHT = frozenset({"queued", "saving", "uploading", "importing"})
 
@@ -53,8 +55,8 @@ def look(sources: Mapping[int, Sequence[str]], entries: Iterable[tuple[str, File
     """What the names in the store, by inode, and the entries of the cache tell; each entry is looked at once.
 
     An entry that cannot be looked at comes with the reason in place of its file. An id is settled when its cache
-    name is on the very inode of its file, with owner, mode, mark and size as they must be. Where the inodes in a
-    directory are not those of the files, nothing is settled by the look, and each image is settled by itself.
+    name is on the very inode of its file, with owner, mode, mark and size as they must be. Where Glance is asked about
+    every image, and where the inodes in a directory are not those of the files, each image is settled by itself.
     """
     store = {name for names in sources.values() for name in names if is_image_id(name)}
     settled: list[str] = []
@@ -68,7 +70,7 @@ def look(sources: Mapping[int, Sequence[str]], entries: Iterable[tuple[str, File
         names = sources.get(entry.inode, ())
         image_id = next((one for one in names if cache_name(one) == name), None)
         if image_id is not None:
-            if _is_right(entry, names, options):
+            if not (options.full or options.verify) and _is_right(entry, names, options):
                 settled.append(image_id)
         elif (base := _base(name, entry, store, bool(names))) is not None:
             bases.append(base)
@@ -145,12 +147,11 @@ def held(bases: Sequence[Base], cleaned: Mapping[Base, Verdict]) -> dict[str, tu
     held = {"orphans": (0, 0), "unmarked": (0, 0), "retired": (0, 0)}
     for base in bases:
         outcome = cleaned[base].outcome if base in cleaned else Outcome.KEPT
-        if outcome is Outcome.PRUNED:
-            continue
-        retired = outcome is Outcome.RETIRED or (base.retired and outcome is not Outcome.RESTORED)
-        kind = base._replace(retired=retired).kind
-        count, size = held[kind]
-        held[kind] = (count + 1, size + base.file.size)
+        if outcome is not Outcome.PRUNED:
+            retired = outcome is Outcome.RETIRED or (base.retired and outcome is not Outcome.RESTORED)
+            kind = "retired" if retired else "orphans" if base.image_id else "unmarked"
+            count, size = held[kind]
+            held[kind] = (count + 1, size + base.file.size)
     return held
 
 

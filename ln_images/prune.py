@@ -9,17 +9,14 @@ import logging
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from ln_images import nova
+from ln_images.disk import Disk
+from ln_images.glance import Glance
 from ln_images.instances import Disks, open_inodes, read_disks
 from ln_images.model import Base, ConfigurationError, Image, LnImagesError, Outcome, Server, Verdict
 from ln_images.options import Options
 from ln_images.plan import IN_FLIGHT, cache_name
-
-if TYPE_CHECKING:
-    from ln_images.disk import Disk
-    from ln_images.glance import Glance
 
 LOG = logging.getLogger(__name__)
 # States and tasks of a server (nova.api.openstack.common, nova.compute.task_states) in which its disk may
@@ -131,7 +128,7 @@ def age(seconds: float) -> str:
 
 
 def clean_up(
-    options: Options, glance: "Glance", disk: "Disk", bases: Sequence[Base], images: Sequence[Image], now: float
+    options: Options, glance: Glance, disk: Disk, bases: Sequence[Base], images: Sequence[Image], now: float
 ) -> Iterator[tuple[Base, Verdict]]:
     """Retires, restores and removes what of ``bases`` the evidence says, and tells of each. Raises where it cannot.
 
@@ -165,7 +162,7 @@ def clean_up(
 
 
 def _gathered(
-    options: Options, glance: "Glance", disk: "Disk", waiting: Sequence[Base], images: Sequence[Image], known: Evidence
+    options: Options, glance: Glance, disk: Disk, waiting: Sequence[Base], images: Sequence[Image], known: Evidence
 ) -> Evidence:
     """The evidence with all that can be asked. Raises ConfigurationError or TemporaryError where it cannot be."""
     if not glance.connection.is_administrator():
@@ -182,7 +179,7 @@ def _gathered(
     return replace(known, needed=reasons, disks=disks, opened=open_inodes(), doubt=doubt)
 
 
-def _misnamed(servers: Iterable[Server], proof: bool, known: Iterable[str], disk: "Disk", disks: Disks) -> str:
+def _misnamed(servers: Iterable[Server], proof: bool, known: Iterable[str], disk: Disk, disks: Disks) -> str:
     """Why a server may be backed by another base than the one it names, or nothing.
 
     It names an image that nobody here knows, or Nova leaves wrong names, which stay after an upgrade (LP#1732428,

@@ -14,6 +14,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _COLUMNS = ("NAME", "ID", "STATUS", "SIZE", "OUTCOME", "REASON")
 _NAME, _OUTCOME, _REASON = 0, 4, 5
 _HELD = {"orphans": "of deleted images", "unmarked": "not linked here", "retired": "retired"}
+_PRESENT = Verdict(Outcome.PRESENT)
 # No name is cut to less, and no reason pushes one under it.
 _NARROWEST = 16
 _COLOURS: dict[str, str] = {
@@ -32,80 +33,67 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def exit_status(made: Pass) -> int:
+def exit_status(pass_: Pass) -> int:
     """The pass's own fault's, else 1 where an image failed, else 0. No fault is less severe than a failed image."""
-    if made.fault is not None:
-        return made.fault.exit_status
-    return int(any(result.verdict.outcome in FAULTS for result in made.results))
+    if pass_.fault is not None:
+        return pass_.fault.exit_status
+    return int(any(result.verdict.outcome in FAULTS for result in pass_.results))
 
 
-def listed(made: Pass, everything: bool) -> list[Result]:
+def listed(pass_: Pass, everything: bool) -> list[Result]:
     """The results that a report lists one by one: those present or unknown to Glance only where they are asked for."""
     if not everything:
-        return [
-            result
-            for result in made.results
-            if result.verdict.outcome is not Outcome.PRESENT and result.verdict.reason != UNKNOWN
-        ]
+        return [result for result in pass_.results if result.verdict not in (_PRESENT, UNKNOWN)]
     # Of these nothing was asked, and the id is all that is known.
-    present = Verdict(Outcome.PRESENT)
-    settled = (Result(Image(image_id), cache_name(image_id), present) for image_id in made.settled)
-    return [*made.results, *settled]
+    settled = (Result(Image(image_id), cache_name(image_id), _PRESENT) for image_id in pass_.settled)
+    return [*pass_.results, *settled]
 
 
-def counts(made: Pass) -> Counter[Outcome]:
+def counts(pass_: Pass) -> Counter[Outcome]:
     """How many images had which outcome."""
-    found = Counter(result.verdict.outcome for result in made.results)
-    found[Outcome.PRESENT] += len(made.settled)
+    found = Counter(result.verdict.outcome for result in pass_.results)
+    found[Outcome.PRESENT] += len(pass_.settled)
     return found
 
 
-def unknown(made: Pass) -> list[int]:
+def unknown(pass_: Pass) -> list[int]:
     """The sizes, in bytes, of the files in the store that Glance does not know."""
-    return [result.image.size or 0 for result in made.results if result.verdict.reason == UNKNOWN]
+    return [result.image.size or 0 for result in pass_.results if result.verdict == UNKNOWN]
 
 
-def document(made: Pass, status: int, everything: bool) -> dict[str, Any]:
+def document(pass_: Pass, status: int, everything: bool) -> dict[str, Any]:
     """The JSON document of one pass that ended with exit ``status``."""
-    found = counts(made)
+    found = counts(pass_)
     return {
         "version": 1,
-        "started_at": made.started_at.isoformat(),
-        "duration_seconds": round(made.duration, 3),
-        "dry_run": made.dry_run,
+        "started_at": pass_.started_at.isoformat(),
+        "duration_seconds": round(pass_.duration, 3),
+        "dry_run": pass_.dry_run,
         "exit_status": status,
-        "fault": None if made.fault is None else str(made.fault),
+        "fault": None if pass_.fault is None else str(pass_.fault),
         "counts": {outcome.value: found[outcome] for outcome in Outcome},
-        "held": {kind: {"count": count, "bytes": size} for kind, (count, size) in made.held.items()},
+        "held": {kind: {"count": count, "bytes": size} for kind, (count, size) in pass_.held.items()},
         "images": [
-            {
-                "id": image.id,
-                "name": image.name,
-                "status": image.status,
-                "disk_format": image.disk_format,
-                "size": image.size,
-                "cache_name": name,
-                "outcome": verdict.outcome.value,
-                "reason": verdict.reason,
-            }
-            for image, name, verdict in listed(made, everything)
+            {name: getattr(result.image, name) for name in ("id", "name", "status", "disk_format", "size")}
+            | {"cache_name": result.cache_name, "outcome": result.verdict.outcome, "reason": result.verdict.reason}
+            for result in listed(pass_, everything)
         ],
     }
 
 
-def summary(made: Pass) -> str:
+def summary(pass_: Pass) -> str:
     """One line: how many images had which outcome, what other bases hold, and how long it took."""
-    found = counts(made)
+    found = counts(pass_)
     parts = [f"{found[outcome]} {outcome}" for outcome in Outcome if found[outcome]] or ["no images"]
-    freed = sum(result.image.size or 0 for result in made.results if result.verdict.outcome is Outcome.PRUNED)
+    freed = sum(result.image.size or 0 for result in pass_.results if result.verdict.outcome is Outcome.PRUNED)
     if found[Outcome.PRUNED]:
         parts.append(f"{size_text(freed)} freed")
-    parts += [f"{size_text(size)} held by {count} {_HELD[kind]}" for kind, (count, size) in made.held.items() if count]
-    if made.audit is not None:
-        images, without, size, seconds = made.audit
+    parts += [f"{size_text(size)} held by {count} {_HELD[kind]}" for kind, (count, size) in pass_.held.items() if count]
+    if pass_.audit is not None:
+        images, without, size, seconds = pass_.audit
         rate = size_text(int(size / seconds)) if seconds else "-"
         parts.append(f"{images} verified, {size_text(size)} at {rate}/s, {without} without a checksum")
-    return f"{'dry run: ' if made.dry_run else ''}{', '.join(parts)}, {made.duration:.1f} s"
+    return f"{'dry run: ' if pass_.dry_run else ''}{', '.join(parts)}, {pass_.duration:.1f} s"
 
 
 def table(results: Sequence[Result], width: int | None = None, whole_ids: bool = False, colour: bool = False) -> str:
@@ -141,14 +129,8 @@ def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
 
 def _row(result: Result) -> Sequence[str]:
     image, name, verdict = result
-    return (
-        printable(image.name) or "-",
-        printable(image.id) or name,
-        printable(image.status) or "-",
-        size_text(image.size),
-        verdict.outcome.value,
-        printable(verdict.reason),
-    )
+    cells = (image.name or "-", image.id or name, image.status or "-", size_text(image.size), *verdict)
+    return [printable(cell) for cell in cells]
 
 
 def _cell(text: str, width: int) -> str:

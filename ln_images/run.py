@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from itertools import chain
 
 from ln_images import plan, report
 from ln_images.audit import Progress, audit
@@ -28,6 +29,7 @@ from ln_images.model import (
     Verdict,
 )
 from ln_images.options import Options
+from ln_images.prune import clean_up
 
 LOG = logging.getLogger(__name__)
 # Past this many ids, asking for them in groups costs more than listing every image.
@@ -50,8 +52,8 @@ class Passes:
     def __init__(self, options: Options, connection: Connection, progress: Progress) -> None:
         self._options, self._progress = options, progress
         self._glance = Glance(connection)
-        self._entries: Mapping[str, File] = {}
-        self._judged: dict[str, tuple[File, float, Result]] = {}
+        self._judged: dict[str, tuple[File, Result]] = {}
+        self._forgets_at = 0.0
         self._told: dict[str, Verdict] = {}
         self._repaired: set[str] = set()
         self._again = ""
@@ -69,19 +71,24 @@ class Passes:
         cleaned: dict[Base, Verdict] = {}
         with Disk(options.images_dir, options.cache_dir) as disk:
             read, audited = audit(options, self._glance, disk, self._progress) if options.verify else (None, {})
-            look, images, settled, results = self._link(disk, audited)
+            look, images, results = self._link(disk, audited)
             if options.prune:
-                cleaned, fault = self._clean_up(disk, look.bases, images, started_at.timestamp())
-                results += [_result(base, verdict) for base, verdict in cleaned.items()]
+                now = started_at.timestamp()
+                try:
+                    for base, verdict in clean_up(options, self._glance, disk, look.bases, images, now):
+                        cleaned[base] = verdict
+                        results.append(Result(Image(base.image_id, size=base.file.size), base.name, verdict))
+                        self._tell_of_change(results[-1])
+                except LnImagesError as error:
+                    fault = error
             if options.every is not None:
                 self._remember(disk, results)
-            self._tell_of_directory(disk, look.downloads)
-            room, directory = disk.room(), disk.directory()
+            cache = disk.measure()
+            self._tell_of_directory(cache[-2:], look.downloads)
         self._held = plan.held(look.bases, {} if options.dry_run else cleaned)
-        told, self._told = self._told, {}
-        self._tell(results, told)
-        duration = time.monotonic() - start
-        return Pass(started_at, duration, options.dry_run, results, settled, self._held, room, directory, fault, read)
+        self._told = self._tell(results)
+        took, held = time.monotonic() - start, self._held
+        return Pass(started_at, took, options.dry_run, results, False, look.settled, held, cache, fault, read)
 
     def narrow(self, ids: Collection[str]) -> Pass:
         """Makes a pass for a few images alone, without a look at the rest. Raises as :meth:`whole` does.
@@ -92,20 +99,17 @@ class Passes:
         started_at, start = datetime.now(UTC), time.monotonic()
         with Disk(options.images_dir, options.cache_dir) as disk, self._locked(disk):
             results = self._settle(disk, self._glance.images_of(sorted(ids)), {})
-        self._tell(results, self._told.copy())
-        return Pass(started_at, time.monotonic() - start, options.dry_run, results, held=self._held)
+        self._told |= self._tell(results)
+        return Pass(started_at, time.monotonic() - start, options.dry_run, results, narrow=True, held=self._held)
 
-    def _link(
-        self, disk: Disk, audited: Mapping[str, Verdict]
-    ) -> tuple[Look, list[Image], Sequence[str], list[Result]]:
-        """What a pass does under the lock: the look, what Glance has, the ids that it shows settled, and the rest."""
+    def _link(self, disk: Disk, audited: Mapping[str, Verdict]) -> tuple[Look, list[Image], list[Result]]:
+        """What a pass does under the lock: the look, what Glance has, and what became of what is not settled."""
         with self._locked(disk):
-            look = self._look(disk)
+            look = plan.look(disk.sources(), disk.entries(), self._options)
             recalled = self._recalled(disk, look.unsettled)
             images, unknown = self._ask(disk, look, recalled)
-            settled = () if self._options.full or self._options.verify else look.settled
-            known = frozenset(settled)
-            results = self._settle(disk, [image for image in images if image.id not in known], audited)
+            settled = frozenset(look.settled)
+            results = self._settle(disk, [image for image in images if image.id not in settled], audited)
             asked = {image.id for image in images}
             results += [result for result in recalled if result.image.id not in asked]
             results += self._unknown(disk, unknown)
@@ -113,19 +117,13 @@ class Passes:
             told = {result.cache_name for result in results}
             broken = {name: Verdict(Outcome.FAILED, reason) for name, reason in look.broken.items() if name not in told}
             results += [Result(Image(""), name, verdict) for name, verdict in broken.items()]
-        return look, images, settled, results
+        return look, images, results
 
     def _locked(self, disk: Disk) -> AbstractContextManager[None]:
         # A dry run changes nothing, so it neither waits for a run at work nor makes the next one fail.
         if self._options.dry_run:
             return contextlib.nullcontext()
         return disk.locked(self._options.every or (_AFTER_AUDIT if self._options.verify else 0))
-
-    def _look(self, disk: Disk) -> Look:
-        if self._options.every is None:
-            return plan.look(disk.sources(), disk.entries({}), self._options)
-        before, self._entries = self._entries, {}
-        return plan.look(disk.sources(), _noted(disk.entries(before), self._entries), self._options)
 
     def _ask(self, disk: Disk, look: Look, recalled: Iterable[Result]) -> tuple[list[Image], list[str]]:
         """The images that this pass is about, and the ids of files that Glance does not know.
@@ -137,45 +135,35 @@ class Passes:
         everything = options.full or options.prune or options.verify or len(ids) > LISTING_PAYS
         images = self._glance.images(None if everything else ids)
         known = {image.id for image in images}
-        if not look.settled and not look.unsettled:
-            self._refuse_unmounted(disk, images if everything else None)
         here = [*look.settled, *look.unsettled]
+        # An image may have been finished meanwhile.
+        if not here and self._glance.has_active() and not any(map(plan.is_image_id, chain(*disk.sources().values()))):
+            raise ConfigurationError(
+                f"Glance has active images and none of them has a file in {options.images_dir}: is its volume mounted,"
+                " or is --images-dir another?"
+            )
         if options.prune and here and known.isdisjoint(here):
             raise ConfigurationError(
                 "Glance knows none of the images whose files are here: the credential is another cloud's, or another"
                 " region's; nothing was touched"
             )
-        checked = [*ids, *look.settled] if options.full else ids
-        return images, [image_id for image_id in checked if image_id not in known]
-
-    def _refuse_unmounted(self, disk: Disk, images: Iterable[Image] | None) -> None:
-        """Raises ConfigurationError where Glance has images and the store has no file of any."""
-        active = self._glance.has_active() if images is None else any(i.status == "active" and i.size for i in images)
-        # An image may have been finished meanwhile.
-        if active and not any(plan.is_image_id(name) for names in disk.sources().values() for name in names):
-            raise ConfigurationError(
-                f"Glance has active images and none of them has a file in {self._options.images_dir}: is its volume"
-                " mounted, or is --images-dir another?"
-            )
+        return images, [image_id for image_id in ids if image_id not in known]
 
     def _settle(self, disk: Disk, images: Sequence[Image], audited: Mapping[str, Verdict]) -> list[Result]:
-        results = []
-        with self._progress("Linking", len(images)) as progress:
+        options = self._options
+        results: list[Result] = []
+        with self._progress("Linking", len(images)) as bar:
             for image in images:
                 with uninterrupted():
-                    verdict = (
-                        plan.judge_image(image, self._options)
-                        or audited.get(image.id)
-                        or disk.settle(image, self._options)
-                    )
+                    verdict = plan.judge_image(image, options) or audited.get(image.id) or disk.settle(image, options)
                     results.append(Result(image, plan.cache_name(image.id), verdict))
                     self._tell_of_change(results[-1])
-                progress(1)
+                bar.update(1)
         return results
 
     def _unknown(self, disk: Disk, ids: Iterable[str]) -> Iterator[Result]:
         for image_id in ids:
-            verdict = Verdict(Outcome.SKIPPED, plan.UNKNOWN)
+            verdict = plan.UNKNOWN
             try:
                 source = disk.source(image_id)
             except OSError as error:
@@ -184,65 +172,52 @@ class Passes:
                 image = Image(image_id, size=source and source.size)
                 yield Result(image, plan.cache_name(image_id), verdict)
 
-    def _clean_up(
-        self, disk: Disk, bases: Sequence[Base], images: Sequence[Image], now: float
-    ) -> tuple[dict[Base, Verdict], LnImagesError | None]:
-        """Without the lock, since asking Nova takes its time: what is done is first looked at again."""
-        from ln_images.prune import clean_up
-
-        cleaned: dict[Base, Verdict] = {}
-        try:
-            for base, verdict in clean_up(self._options, self._glance, disk, bases, images, now):
-                cleaned[base] = verdict
-                self._tell_of_change(_result(base, verdict))
-        except LnImagesError as error:
-            return cleaned, error
-        return cleaned, None
-
     def _recalled(self, disk: Disk, unsettled: Iterable[str]) -> list[Result]:
         """What is known from an earlier pass of files that get no link, as long as they have not changed."""
-        now = time.monotonic()
-        wanted = (self._judged[image_id] for image_id in unsettled if image_id in self._judged)
-        return [result for file, until, result in wanted if now < until and _file(disk, result.image.id) == file]
+        if time.monotonic() >= self._forgets_at:
+            self._judged, self._forgets_at = {}, time.monotonic() + _RECALL
+        known = {image_id: self._judged[image_id] for image_id in unsettled if image_id in self._judged}
+        self._judged = {image_id: one for image_id, one in known.items() if _file(disk, image_id) == one[0]}
+        return [result for _, result in self._judged.values()]
 
     def _remember(self, disk: Disk, results: Iterable[Result]) -> None:
         """Keeps for a while what only another file could change: not what may become active, or is in the way."""
-        until = time.monotonic() + _RECALL
-        before, self._judged = self._judged, {}
+        recalled, self._judged = self._judged, {}
         for result in results:
             image, _, verdict = result
             if verdict.outcome in (Outcome.SKIPPED, Outcome.REFUSED) and image.status in ("active", ""):
-                file = _file(disk, image.id) if plan.is_image_id(image.id) else None
-                known = before.get(image.id)
-                if known is not None and known[2] is result:
-                    self._judged[image.id] = known
-                elif file is not None:
-                    self._judged[image.id] = (file, until, result)
+                file, known = recalled.get(image.id, (None, None))
+                if known is not result:
+                    file = _file(disk, image.id) if plan.is_image_id(image.id) else None
+                if file is not None:
+                    self._judged[image.id] = (file, result)
 
     def _tell_of_change(self, result: Result) -> None:
         if result.verdict.outcome in CHANGES and not self._options.dry_run:
             LOG.info("%s", report.line(result))
 
-    def _tell(self, results: Iterable[Result], told: Mapping[str, Verdict]) -> None:
-        """Logs what wants somebody to look, once for as long as it stands; the report has it in each pass."""
+    def _tell(self, results: Iterable[Result]) -> dict[str, Verdict]:
+        """Logs what wants somebody to look, once for as long as it stands; the report has it in each pass.
+
+        Returns, by cache name, all that was told and stands.
+        """
         repaired = {result.cache_name for result in results if result.verdict.outcome is Outcome.REPAIRED}
         if not self._again and (again := min(repaired & self._repaired, default="")):
             self._again = again
             LOG.warning("%s is repaired again: libvirt changes it where --owner is not QEMU's user and group", again)
         self._repaired |= repaired
-        for result in results:
-            _, name, verdict = result
-            if verdict.outcome in FAULTS | _ODD:
-                self._told[name] = verdict
-                if verdict != told.get(name) and verdict.outcome in FAULTS:
-                    LOG.error("%s", report.line(result))
-                elif verdict != told.get(name):
-                    LOG.warning("%s", report.line(result), extra={"file_only": True})
+        standing = [result for result in results if result.verdict.outcome in FAULTS | _ODD]
+        for result in standing:
+            if result.verdict != self._told.get(result.cache_name):
+                is_fault = result.verdict.outcome in FAULTS
+                level = logging.ERROR if is_fault else logging.WARNING
+                LOG.log(level, "%s", report.line(result), extra={"file_only": not is_fault})
+        return {result.cache_name: result.verdict for result in standing}
 
-    def _tell_of_directory(self, disk: Disk, downloads: Mapping[str, File]) -> None:
+    def _tell_of_directory(self, owner: tuple[int, ...], downloads: Mapping[str, File]) -> None:
         leftovers = [file.size for file in downloads.values() if not plan.is_downloading(file, time.time())]
         text = "%s belongs to %d:%d, Nova must be able to write there; leftovers of downloads: %d, %d bytes"
-        told = (self._options.cache_dir, *disk.directory(), len(leftovers), sum(leftovers))
+        told = (self._options.cache_dir, *owner, len(leftovers), sum(leftovers))
         if told != self._directory:
             LOG.debug(text, *told)
         self._directory = told
@@ -253,17 +228,6 @@ def _file(disk: Disk, image_id: str) -> File | None:
     with contextlib.suppress(OSError):
         return disk.source(image_id)
     return None
-
-
-def _noted(entries: Iterable[tuple[str, File | str]], files: dict[str, File]) -> Iterator[tuple[str, File | str]]:
-    for name, entry in entries:
-        if not isinstance(entry, str):
-            files[name] = entry
-        yield name, entry
-
-
-def _result(base: Base, verdict: Verdict) -> Result:
-    return Result(Image(base.image_id, size=base.file.size), base.name, verdict)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,12 +61,12 @@ def verified(node: Node, *during: Callable[[], object]) -> Pass:
     waiting = list(during)
 
     @contextlib.contextmanager
-    def progress(label: str, _total: int) -> Iterator[Callable[[int], None]]:
+    def progress(label: str, _total: int) -> Iterator[SimpleNamespace]:
         def step(_size: int) -> None:
             if waiting and label == "Verifying":
                 waiting.pop()()
 
-        yield step
+        yield SimpleNamespace(update=step)
 
     chosen = replace(DEFAULTS, images_dir=str(node.images), cache_dir=str(node.cache), verify=True)
     made = Passes(chosen, connect(node.cloud.environment(), 30), progress).whole()

@@ -203,7 +203,7 @@ HOSTILE = {
     "importing": waiting("status importing", DISK, status="importing"),
     "deactivated": skipped("status deactivated", DISK, status="deactivated"),
     "pending_delete": skipped("status pending_delete", DISK, status="pending_delete"),
-    "killed": skipped(UNKNOWN_FILE, DISK, status="killed"),
+    "killed": skipped(UNKNOWN_FILE.reason, DISK, status="killed"),
     # Nobody asked for the format.
     "vmdk": skipped("disk format vmdk", qemu("vmdk"), disk_format="vmdk"),
     "vdi": skipped("disk format vdi", qemu("vdi"), disk_format="vdi"),
@@ -226,7 +226,7 @@ HOSTILE = {
     "a name taken by a socket, and qcow2": occupied(
         "the cache name is a socket", node_of(stat.S_IFSOCK), corpus.QCOW2, disk_format="qcow2"
     ),
-    "a name taken by Nova's raw copy": occupied(RAW_COPY, DISK, corpus.QCOW2, disk_format="qcow2"),
+    "a name taken by Nova's raw copy": occupied(RAW_COPY.reason, DISK, corpus.QCOW2, disk_format="qcow2"),
     "a name taken by another qcow2": occupied(
         "another file of the same size has the cache name", corpus.QCOW2, corpus.QCOW2, disk_format="qcow2"
     ),

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from conftest import DEFAULTS, OWNER, needs_root
+from ln_images import inspection
 from ln_images.disk import Disk
 from ln_images.inode import MARK, SIZE_MARK
 from ln_images.model import AnotherRunError, ConfigurationError, Image, Outcome, Verdict
@@ -197,19 +198,21 @@ def test_an_unsafe_file_is_refused_before_anything_is_changed(store: Store) -> N
     assert not store.link.exists()
 
 
-def test_a_file_that_vanishes_between_look_and_open_is_skipped(store: Store) -> None:
-    """A fresh look decides after the open: an image deleted meanwhile is no failure."""
-    with store.open() as disk, disk.opened(ID) as descriptor:
-        assert descriptor is not None
+def test_a_file_that_vanishes_while_it_is_inspected_is_skipped(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that is deleted between look and link is no failure."""
+
+    def objection(*_: object) -> None:
         store.source.unlink()
-        assert disk._link(descriptor, IMAGE, OPTIONS) == Verdict(Outcome.SKIPPED, "no file here")
+
+    monkeypatch.setattr(inspection, "objection", objection)
+    with store.open() as disk:
+        assert disk.settle(IMAGE, OPTIONS) == Verdict(Outcome.SKIPPED, "no file here")
     assert not store.link.exists()
 
 
 def test_what_is_linked_is_what_was_opened(store: Store) -> None:
     """A source that is swapped for another file after it was checked is not followed: the checked inode is linked."""
     with store.open() as disk, disk.opened(ID) as descriptor:
-        assert descriptor is not None
         store.source.rename(store.images / "checked")
         store.source.symlink_to("/etc/passwd")
         assert disk._link(descriptor, IMAGE, OPTIONS) == LINKED
@@ -219,7 +222,6 @@ def test_what_is_linked_is_what_was_opened(store: Store) -> None:
 def test_a_name_taken_in_the_last_moment_is_judged_anew(store: Store) -> None:
     """Where another process makes the name first, the same inode is present and another is occupied."""
     with store.open() as disk, disk.opened(ID) as descriptor:
-        assert descriptor is not None
         disk._mend(descriptor, IMAGE, OPTIONS)
         os.link(store.source, store.link)
         assert disk._link(descriptor, IMAGE, OPTIONS) == PRESENT

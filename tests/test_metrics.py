@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -44,8 +45,7 @@ def a_pass(*outcomes: Outcome | Verdict, audit: Audit | None = None) -> Pass:
         results=[Result(Image(str(n), size=10 + n), str(n), verdict) for n, verdict in enumerate(verdicts)],
         settled=["present"],
         held={"orphans": (1, 100), "unmarked": (2, 200), "retired": (3, 300)},
-        room=(1000, 500, 50),
-        directory=(162, 163),
+        cache=(1000, 500, 50, 162, 163),
         audit=audit,
     )
 
@@ -64,8 +64,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_pass_is_told(file: Path) -> None:
     """Outcomes, what is held by kind, what Glance does not know, the room, the times, the directory, the version."""
-    skipped = Verdict(Outcome.SKIPPED, UNKNOWN)
-    raw = Verdict(Outcome.OCCUPIED, RAW_COPY)
+    skipped, raw = UNKNOWN, RAW_COPY
     told = written(file, a_pass(Outcome.LINKED, Outcome.REFUSED, skipped, raw, Outcome.OCCUPIED), 0, 1e9)
     assert [told[f"images {outcome}"] for outcome in ("linked", "refused", "occupied", "present")] == [1, 1, 2, 1]
     assert {f"images {outcome}" for outcome in Outcome} <= told.keys()
@@ -120,10 +119,10 @@ def test_what_the_clean_up_and_the_audit_said_outlives_the_passes_between(file: 
 def test_what_is_linked_between_whole_passes_is_added(file: Path) -> None:
     """A narrow pass adds to what the last whole one of the process counted."""
     textfile = Textfile(str(file), False)
-    textfile.add(a_pass(Outcome.LINKED))
+    textfile.write(replace(a_pass(Outcome.LINKED), narrow=True), 0, 99)
     assert not file.exists()
     textfile.write(a_pass(Outcome.LINKED), 0, 100)
-    textfile.add(a_pass(Outcome.LINKED, Outcome.LINKED))
+    textfile.write(replace(a_pass(Outcome.LINKED, Outcome.LINKED), narrow=True), 0, 101)
     told = metrics(file)
     assert (told["images linked"], told["images present"], told["last_pass_timestamp_seconds"]) == (3, 1, 100)
 

@@ -211,7 +211,7 @@ def base_in(cache: Path, image_id: str = ID, data: bytes = b"base", mark: bool =
 
 def bases_of(disk: Disk, place: Path) -> dict[tuple[str, bool], Base]:
     """The bases as a pass sees them, by name and whether they are retired."""
-    found = look(disk.sources(), disk.entries({}), options(place)).bases
+    found = look(disk.sources(), disk.entries(), options(place)).bases
     return {(base.name, base.retired): base for base in found}
 
 
@@ -318,7 +318,7 @@ from ln_images.model import Base, Outcome, Verdict
 
 with Disk(f"{sys.argv[1]}/images", f"{sys.argv[1]}/cache") as disk:
     while True:
-        for number, (name, file) in enumerate(disk.entries({})):
+        for number, (name, file) in enumerate(disk.entries()):
             base = Base(name.removesuffix(".retired"), "", name.endswith(".retired"), file)
             disk.carry_out(base, Verdict(Outcome.RESTORED if base.retired else Outcome.RETIRED))
             if number % 100 == 0:
@@ -627,7 +627,7 @@ class World:
         lines = (f'{{ type: open, superblock: "fe:00:{self.inodes[image]}" }}\n' for image in self.open)
         (self.place / "nfsd" / "clients" / "1" / "states").write_text("".join(lines))
         given = options(self.place, prune_after=DAY, prune_unmarked=True, instances_dirs=(str(instances),))
-        found = look(self.disk.sources(), self.disk.entries({}), given).bases
+        found = look(self.disk.sources(), self.disk.entries(), given).bases
         bases = [
             base._replace(file=file)
             for base in found

@@ -157,7 +157,7 @@ def test_whole_ids_are_never_cut() -> None:
 
 def test_what_glance_does_not_know_is_counted_and_listed_only_where_it_is_asked_for() -> None:
     """Files that Glance does not know stand in no list by default, as those present, and always in the counts."""
-    unknown = Result(Image(ORPHAN, size=7), cache_name(ORPHAN), Verdict(Outcome.SKIPPED, UNKNOWN))
+    unknown = Result(Image(ORPHAN, size=7), cache_name(ORPHAN), UNKNOWN)
     made = made_of(settled=(ID,), results=(unknown,))
     assert report.listed(made, everything=False) == []
     assert [result.image.id for result in report.listed(made, everything=True)] == [ORPHAN, ID]

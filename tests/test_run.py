@@ -14,8 +14,6 @@ import pytest
 
 from conftest import Node, needs_root
 from corpus import QCOW2
-from ln_images.disk import Disk
-from ln_images.model import File
 from repeating import running
 
 DATA = b"\1" * 5000
@@ -139,7 +137,7 @@ def test_what_stands_is_asked_and_logged_once(node: Node, tmp_path: Path) -> Non
         ("WARNING", "occupied"),
         ("WARNING", "refused"),
     ]
-    assert "force_raw_images = False" in log.read_text()
+    assert "force_raw_images=False" in log.read_text()
     assert "ln_images_occupied_raw 1.0" in metrics.read_text()
 
 
@@ -148,25 +146,6 @@ def test_each_image_is_told_of_once_where_all_are_asked(node: Node) -> None:
     image = node.cloud.image("refused", b"QFI\xfb\0\0\0\3" + bytes(5000))
     reports = several(node, "--full")
     assert [[one["id"] for one in report["images"]] for report in reports] == [[image]] * len(reports)
-
-
-def test_the_marks_of_what_has_not_changed_are_not_read_again(tmp_path: Path) -> None:
-    """The same inode and ctime as in the pass before: the marks of then. Everything else is as it is now."""
-    images, cache = tmp_path / "images", tmp_path / "cache"
-    for directory in (images, cache):
-        directory.mkdir()
-    entry = cache / "entry"
-    entry.write_bytes(DATA)
-    with Disk(str(images), str(cache)) as disk:
-        (name, known), *_ = disk.entries({})
-        assert isinstance(known, File)
-        assert known.mark is None
-        before = {name: known._replace(mark="remembered", marked_size=1, uid=known.uid + 1)}
-        assert list(disk.entries(before)) == [(name, known._replace(mark="remembered", marked_size=1))]
-        entry.chmod(0o600)
-        ((_, changed),) = disk.entries(before)
-        assert isinstance(changed, File)
-        assert (changed.mark, changed.mode & 0o777) == (None, 0o600)
 
 
 @needs_root
