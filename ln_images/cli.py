@@ -15,16 +15,7 @@ import click
 
 from ln_images import __version__, logs, report
 from ln_images.metrics import Textfile
-from ln_images.model import (
-    CHANGES,
-    FAULTS,
-    AnotherRunError,
-    ConfigurationError,
-    LnImagesError,
-    Outcome,
-    Pass,
-    TemporaryError,
-)
+from ln_images.model import AnotherRunError, ConfigurationError, LnImagesError, Outcome, Pass, TemporaryError
 from ln_images.options import Options, parameters
 
 LOG = logging.getLogger(__name__)
@@ -165,10 +156,10 @@ class _Run:
     def _report(self, pass_: Pass) -> None:
         """What is printed and measured of a pass; of a narrow one only where it changed something."""
         status = self._note(report.exit_status(pass_))
-        worth_telling = any(result.verdict.outcome in CHANGES | FAULTS for result in pass_.results)
-        if worth_telling or not (pass_.narrow or self._options.quiet):
+        is_news = report.is_news(pass_)
+        if is_news or not (pass_.narrow or self._options.quiet):
             _print_report(pass_, status, self._options)
-        if worth_telling or not pass_.narrow:
+        if is_news or not pass_.narrow:
             self._measure(pass_, status)
 
     def _measure(self, pass_: Pass | None, status: int) -> None:

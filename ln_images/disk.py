@@ -23,11 +23,12 @@ RETIRED = ".retired"
 _RENAME_NOREPLACE = 1  # linux/fs.h
 
 
-class Disk:
+class Disk(contextlib.ExitStack):
     """Glance's store and Nova's cache, both open. Use it as a context manager."""
 
     def __init__(self, images_dir: str, cache_dir: str) -> None:
         """Opens both. Raises ConfigurationError where they cannot be opened or cannot share inodes."""
+        super().__init__()
         self._cache_dir = cache_dir
         with contextlib.ExitStack() as opened:
             self._images = _open_directory("--images-dir", images_dir)
@@ -43,13 +44,7 @@ class Disk:
                     f"{images_dir} and {cache_dir} are on two file systems or two mounts of one, which no hard"
                     " link can cross: put both on one, under one mount point"
                 )
-            self._opened = opened.pop_all()
-
-    def __enter__(self) -> "Disk":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._opened.close()
+            self.push(opened.pop_all())
 
     @contextlib.contextmanager
     def locked(self, seconds: float = 0) -> Iterator[None]:
@@ -86,10 +81,10 @@ class Disk:
         except FileNotFoundError:
             return None
 
-    def entries(self) -> Iterator[tuple[str, File | str]]:
+    def entries(self) -> Iterator[tuple[str, File | Verdict]]:
         """The names in the cache and what each stands for, one by one: there may be very many.
 
-        One that cannot be looked at comes with the reason instead.
+        One that cannot be looked at comes with its verdict instead.
         """
         with os.scandir(self._cache) as names:
             for name in names:
@@ -98,7 +93,7 @@ class Disk:
                 except FileNotFoundError:
                     continue
                 except OSError as error:
-                    yield name.name, error.strerror or str(error)
+                    yield name.name, failure(error)
 
     def entry(self, name: str) -> File | None:
         """What has a name in the cache."""

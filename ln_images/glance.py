@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -137,22 +138,18 @@ def image_of(document: Mapping[str, Any]) -> Image:
     A field that is missing or of another type than Glance's API has counts as empty, so that the image
     is reported and never linked. Raises TemporaryError where there is not even an id.
     """
-    image_id, size = document.get("id"), document.get("size")
-    if not isinstance(image_id, str):
+    text = defaultdict(str, {field: value for field, value in document.items() if isinstance(value, str)})
+    size = document.get("size")
+    if "id" not in text:
         raise TemporaryError("Glance lists an image without an id: it answers badly")
-
-    def text(field: str) -> str:
-        value = document.get(field)
-        return value if isinstance(value, str) else ""
-
     return Image(
-        id=image_id,
-        name=text("name"),
-        status=text("status"),
-        disk_format=text("disk_format"),
+        id=text["id"],
+        name=text["name"],
+        status=text["status"],
+        disk_format=text["disk_format"],
         size=size if type(size) is int and size >= 0 else None,
-        importing_to=text("os_glance_importing_to_stores"),
-        checksum=(text("os_hash_algo"), text("os_hash_value")),
+        importing_to=text["os_glance_importing_to_stores"],
+        checksum=(text["os_hash_algo"], text["os_hash_value"]),
         signed=_SIGNATURE in document,
-        server=text(_SERVER) if is_image_id(text(_SERVER)) else "",
+        server=text[_SERVER] if is_image_id(text[_SERVER]) else "",
     )

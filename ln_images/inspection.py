@@ -37,22 +37,13 @@ _CONTENT: dict[str, tuple[set[str], ...]] = {
 # These are never a server's disk: QEMU loads them without looking at their format.
 _NO_DISKS = frozenset({"aki", "ari"})
 
-# Patterns of what a first sector begins with.
-_MAGIC = {
-    QCOW2: "qcow2",
-    b"KDMV": "vmdk",
-    b"COWD": "vmdk",
-    b"QED\0": "qed",
-    b"vhdxfile": "vhdx",
-    b"conectix": "vhd",
-    b"LUKS\xba\xbe": "luks",
-    b"WithoutFreeSpace": "ploop",
-    b"WithouFreSpacExt": "ploop",
-    b"Bochs Virtual HD Image": "bochs",
-    rb"#!/bin/sh\n#V2\.0 Format\n": "cloop",
-    rb".{64}\x7f\x10\xda\xbe": "vdi",
-    rb"(#[^\n]*\n| *\r?\n)*version=[123]\r?\n": "vmdk",
-}
+# What a first sector begins with.
+_MAGIC = re.compile(
+    rb"(?P<qcow2>QFI\xfb)|(?P<qed>QED\0)|(?P<vhdx>vhdxfile)|(?P<vhd>conectix)|(?P<luks>LUKS\xba\xbe)"
+    rb"|(?P<ploop>WithoutFreeSpace|WithouFreSpacExt)|(?P<bochs>Bochs Virtual HD Image)|(?P<vdi>.{64}\x7f\x10\xda\xbe)"
+    rb"|(?P<cloop>#!/bin/sh\n#V2\.0 Format\n)|(?P<vmdk>KDMV|COWD|(?:#[^\n]*\n| *\r?\n)*version=[123]\r?\n)",
+    re.DOTALL,
+)
 
 _VIOLATIONS = {
     "backing_file": "with a backing file",
@@ -111,7 +102,8 @@ def _probed(sector: bytes) -> str | None:
     Nova has ``qemu-img info`` agree with its own check after a download, and so must this: QEMU opens what it
     believes to see, and a VMDK can name any file of the host (QEMU, ``vmdk_probe`` and its like in ``block/``).
     """
-    return next((name for magic, name in _MAGIC.items() if re.match(magic, sector, re.DOTALL)), None)
+    found = _MAGIC.match(sector)
+    return found and found.lastgroup
 
 
 def _names_data_file(descriptor: int) -> bool:

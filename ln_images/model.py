@@ -93,19 +93,26 @@ class Base(NamedTuple):
     file: File
 
 
+class Verdict(NamedTuple):
+    """An outcome and, where it is not plain, its reason."""
+
+    outcome: Outcome
+    reason: str = ""
+
+
 class Look(NamedTuple):
     """What the two directories alone tell.
 
     ``settled`` are the ids that are linked as they should be, and ``unsettled`` the others that have a file.
     ``bases`` are what no image in the store stands behind, ``downloads`` Nova's unfinished files, and ``broken``
-    the entries of the cache that cannot be looked at, with the reason.
+    the entries of the cache that cannot be looked at, with their verdicts.
     """
 
     settled: Sequence[str]
     unsettled: Sequence[str]
     bases: Sequence[Base]
     downloads: Mapping[str, File]
-    broken: Mapping[str, str]
+    broken: Mapping[str, Verdict]
 
 
 class Server(NamedTuple):
@@ -117,13 +124,6 @@ class Server(NamedTuple):
     host: str
     image: str
     uses: frozenset[str]
-
-
-class Verdict(NamedTuple):
-    """An outcome and, where it is not plain, its reason."""
-
-    outcome: Outcome
-    reason: str = ""
 
 
 class Result(NamedTuple):

@@ -51,10 +51,10 @@ def cache_name(image_id: str) -> str:
     return hashlib.sha1(image_id.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()
 
 
-def look(sources: Mapping[int, Sequence[str]], entries: Iterable[tuple[str, File | str]], options: Options) -> Look:
+def look(sources: Mapping[int, Sequence[str]], entries: Iterable[tuple[str, File | Verdict]], options: Options) -> Look:
     """What the names in the store, by inode, and the entries of the cache tell; each entry is looked at once.
 
-    An entry that cannot be looked at comes with the reason in place of its file. An id is settled when its cache
+    An entry that cannot be looked at comes with its verdict in place of its file. An id is settled when its cache
     name is on the very inode of its file, with owner, mode, mark and size as they must be. Where Glance is asked about
     every image, and where the inodes in a directory are not those of the files, each image is settled by itself.
     """
@@ -62,9 +62,9 @@ def look(sources: Mapping[int, Sequence[str]], entries: Iterable[tuple[str, File
     settled: list[str] = []
     bases: list[Base] = []
     downloads: dict[str, File] = {}
-    broken: dict[str, str] = {}
+    broken: dict[str, Verdict] = {}
     for name, entry in entries:
-        if isinstance(entry, str):
+        if isinstance(entry, Verdict):
             broken[name] = entry
             continue
         names = sources.get(entry.inode, ())

@@ -117,14 +117,9 @@ def restless(servers: Iterable[Server]) -> str:
 
 
 def age(seconds: float) -> str:
-    """A duration in seconds as people say it, in its two largest units, as ``1 d 2 h``."""
-    parts = []
-    rest = max(0, int(seconds))
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, rest = divmod(rest, length)
-        if count:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"
+    """A duration in seconds as people say it, in its largest unit, such as ``1.5 d``."""
+    lengths = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    return next((f"{round(seconds / length, 1):g} {unit}" for unit, length in lengths if seconds >= length), "0 s")
 
 
 def clean_up(

@@ -7,7 +7,7 @@ from typing import Any
 import click
 import wcwidth
 
-from ln_images.model import FAULTS, Image, Outcome, Pass, Result, Verdict
+from ln_images.model import CHANGES, FAULTS, Image, Outcome, Pass, Result, Verdict
 from ln_images.plan import UNKNOWN, cache_name
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -38,6 +38,11 @@ def exit_status(pass_: Pass) -> int:
     if pass_.fault is not None:
         return pass_.fault.exit_status
     return int(any(result.verdict.outcome in FAULTS for result in pass_.results))
+
+
+def is_news(pass_: Pass) -> bool:
+    """Whether something was changed, or has failed."""
+    return any(result.verdict.outcome in CHANGES | FAULTS for result in pass_.results)
 
 
 def listed(pass_: Pass, everything: bool) -> list[Result]:

@@ -17,7 +17,6 @@ from ln_images.keystone import Connection
 from ln_images.model import (
     CHANGES,
     FAULTS,
-    Base,
     ConfigurationError,
     File,
     Image,
@@ -52,6 +51,7 @@ class Passes:
     def __init__(self, options: Options, connection: Connection, progress: Progress) -> None:
         self._options, self._progress = options, progress
         self._glance = Glance(connection)
+        self._files: dict[str, File] = {}
         self._judged: dict[str, tuple[File, Result]] = {}
         self._forgets_at = 0.0
         self._told: dict[str, Verdict] = {}
@@ -68,7 +68,7 @@ class Passes:
         options = self._options
         started_at, start = datetime.now(UTC), time.monotonic()
         fault = None
-        cleaned: dict[Base, Verdict] = {}
+        cleaned = {}
         with Disk(options.images_dir, options.cache_dir) as disk:
             read, audited = audit(options, self._glance, disk, self._progress) if options.verify else (None, {})
             look, images, results = self._link(disk, audited)
@@ -81,8 +81,7 @@ class Passes:
                         self._tell_of_change(results[-1])
                 except LnImagesError as error:
                     fault = error
-            if options.every is not None:
-                self._remember(disk, results)
+            self._remember(results)
             cache = disk.measure()
             self._tell_of_directory(cache[-2:], look.downloads)
         self._held = plan.held(look.bases, {} if options.dry_run else cleaned)
@@ -115,8 +114,7 @@ class Passes:
             results += self._unknown(disk, unknown)
             # The entries that could not be looked at, and of which no image has told.
             told = {result.cache_name for result in results}
-            broken = {name: Verdict(Outcome.FAILED, reason) for name, reason in look.broken.items() if name not in told}
-            results += [Result(Image(""), name, verdict) for name, verdict in broken.items()]
+            results += [Result(Image(""), name, verdict) for name, verdict in look.broken.items() if name not in told]
         return look, images, results
 
     def _locked(self, disk: Disk) -> AbstractContextManager[None]:
@@ -174,23 +172,22 @@ class Passes:
 
     def _recalled(self, disk: Disk, unsettled: Iterable[str]) -> list[Result]:
         """What is known from an earlier pass of files that get no link, as long as they have not changed."""
+        if self._options.every is None:
+            return []
         if time.monotonic() >= self._forgets_at:
             self._judged, self._forgets_at = {}, time.monotonic() + _RECALL
-        known = {image_id: self._judged[image_id] for image_id in unsettled if image_id in self._judged}
-        self._judged = {image_id: one for image_id, one in known.items() if _file(disk, image_id) == one[0]}
-        return [result for _, result in self._judged.values()]
+        # Looked at before they are judged: of what changes meanwhile, nothing is known.
+        self._files = {image_id: file for image_id in unsettled if (file := _file(disk, image_id))}
+        return [result for image_id, (file, result) in self._judged.items() if self._files.get(image_id) == file]
 
-    def _remember(self, disk: Disk, results: Iterable[Result]) -> None:
+    def _remember(self, results: Iterable[Result]) -> None:
         """Keeps for a while what only another file could change: not what may become active, or is in the way."""
-        recalled, self._judged = self._judged, {}
-        for result in results:
-            image, _, verdict = result
-            if verdict.outcome in (Outcome.SKIPPED, Outcome.REFUSED) and image.status in ("active", ""):
-                file, known = recalled.get(image.id, (None, None))
-                if known is not result:
-                    file = _file(disk, image.id) if plan.is_image_id(image.id) else None
-                if file is not None:
-                    self._judged[image.id] = (file, result)
+        self._judged = {
+            image.id: (self._files[image.id], Result(image, name, verdict))
+            for image, name, verdict in results
+            if verdict.outcome in (Outcome.SKIPPED, Outcome.REFUSED) and image.status in ("active", "")
+            if image.id in self._files
+        }
 
     def _tell_of_change(self, result: Result) -> None:
         if result.verdict.outcome in CHANGES and not self._options.dry_run:

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -35,10 +36,10 @@ def no_progress(_label: str, _total: int) -> Any:
     return click.progressbar(length=1, hidden=True)
 
 
-def passes_of(node: Node, variables: Variables = EMPTY, /, **options: Any) -> Passes:
+def passes_of(node: Node, variables: Variables = EMPTY, /, progress: Any = no_progress, **options: Any) -> Passes:
     """What makes passes on a node."""
     given = {"images_dir": str(node.images), "cache_dir": str(node.cache), **options}
-    return Passes(replace(DEFAULTS, **given), connect(node.environment(**variables), 30), no_progress)
+    return Passes(replace(DEFAULTS, **given), connect(node.environment(**variables), 30), progress)
 
 
 def told(made: Pass) -> dict[str, tuple[Outcome, str]]:
@@ -303,6 +304,21 @@ def test_a_project_quota_is_told_before_anything_is_changed(node: Node, volume: 
     assert file.stat() == before
     project(file, 7)
     assert outcomes(passes_of(node, **on(xfs)).whole()) == {image: Outcome.LINKED}
+
+
+def test_a_file_that_changes_while_it_is_judged_is_judged_anew(node: Node) -> None:
+    """Under --every a verdict is remembered for the file that was judged, not for what it has become meanwhile."""
+    image = node.cloud.image("image", DATA)
+    file = node.images / image
+    file.write_bytes(DATA + b"more")
+
+    @contextlib.contextmanager
+    def progress(_label: str, _total: int) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(update=lambda _: os.truncate(file, len(DATA)))
+
+    passes = passes_of(node, every=1.0, progress=progress)
+    assert told(passes.whole())[image][0] is Outcome.REFUSED
+    assert told(passes.whole())[image][0] is Outcome.LINKED
 
 
 def test_what_was_judged_once_is_not_asked_about_again(node: Node, front: Front) -> None:

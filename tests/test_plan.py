@@ -168,14 +168,14 @@ def test_an_image_that_is_being_copied_into_a_store_waits(
         pytest.param(NAME, LINK._replace(mark=OTHER), False, id="the mark of another"),
         pytest.param(NAME, LINK._replace(marked_size=None), False, id="no size"),
         pytest.param(NAME, LINK._replace(size=999), False, id="another size"),
-        pytest.param(NAME, "Structure needs cleaning", False, id="not to be looked at"),
+        pytest.param(NAME, Verdict(Outcome.FAILED, "Structure needs cleaning"), False, id="not to be looked at"),
     ],
 )
-def test_only_a_link_that_is_right_in_all_is_settled(name: str, entry: File | str, settled: bool) -> None:
+def test_only_a_link_that_is_right_in_all_is_settled(name: str, entry: File | Verdict, settled: bool) -> None:
     """Glance is not asked about an image exactly where name, inode, owner, mode, mark and size are all right."""
     found = look({11: [ID], 13: ["lost+found"]}, [("a", LINK._replace(inode=13)), (name, entry)], OPTIONS)
     assert (found.settled, found.unsettled) == (([ID], []) if settled else ([], [ID]))
-    assert found.broken == ({name: entry} if isinstance(entry, str) else {})
+    assert found.broken == ({name: entry} if isinstance(entry, Verdict) else {})
 
 
 def test_two_images_on_one_inode_are_both_settled() -> None:
