@@ -21,6 +21,7 @@ from ln_images.options import Options, parameters
 LOG = logging.getLogger(__name__)
 # Exit statuses, the least severe first.
 _SEVERITY = (0, 1, 75, 2)
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 # A pass over fewer images is over before a progress bar can be read.
 _WORTH_A_BAR = 200
 
@@ -47,11 +48,7 @@ class _Command(click.Command):
         sys.exit(status)
 
 
-@click.command(
-    cls=_Command,
-    params=parameters(),
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
+@click.command(cls=_Command, params=parameters(), context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="ln-images")
 def main(**given: Any) -> int:
     """Hard-link finished Glance images into Nova's shared image cache.
@@ -176,7 +173,7 @@ class _Run:
 
 def _progress(label: str, total: int) -> Any:
     """A progress bar on standard error for a long way, where somebody sits before it."""
-    hidden = total < _WORTH_A_BAR or not sys.stderr.isatty()
+    hidden = total < _WORTH_A_BAR or not (sys.stderr and sys.stderr.isatty())
     return click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden)
 
 

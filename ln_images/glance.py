@@ -123,7 +123,7 @@ class _Pages:
         """The answer to a question, and what it says."""
         self.begin()
         answer = self._glance.get(url)
-        body = answer.json()
+        body = answer.json() if "json" in answer.headers.get("Content-Type", "") else None
         if url.startswith("/v2/images?"):
             if not isinstance(body, dict) or not isinstance(body.get("images"), list):
                 raise TemporaryError("Glance answers with something that is no list of images: look at its log")

@@ -15,6 +15,7 @@ from keystoneauth1.session import Session, TCPKeepAliveAdapter
 from ln_images import __version__
 from ln_images.model import ConfigurationError, LnImagesError, TemporaryError
 
+_CLIENT: dict[str, Any] = {"app_name": "ln-images", "app_version": __version__}
 _LINE = 200
 # Several requests may make one question, such as the search for Keystone's version before the token.
 _REQUESTS = 2
@@ -83,15 +84,10 @@ def connect(environment: Mapping[str, str], timeout: float, os_cloud: str | None
     if os_cloud is not None:
         return _connect_by_name(os_cloud, timeout)
     given = {name: value for name, value in environment.items() if value}
+    verify = _file(given, "OS_CACERT") or True
     cert, key = _file(given, "OS_CERT"), _file(given, "OS_KEY")
-    session = Session(
-        auth=_auth(given),
-        verify=_file(given, "OS_CACERT") or True,
-        cert=(cert, key) if cert and key else cert,
-        timeout=timeout,
-        app_name="ln-images",
-        app_version=__version__,
-    )
+    pair = (cert, key) if cert and key else cert
+    session = Session(_auth(given), verify=verify, cert=pair, timeout=timeout, **_CLIENT)
     interface = given.get("OS_INTERFACE") or given.get("OS_ENDPOINT_TYPE")
     return Connection(session, given.get("OS_REGION_NAME"), interface, timeout)
 
@@ -104,9 +100,7 @@ def _connect_by_name(os_cloud: str, timeout: float) -> Connection:
             "--os-cloud needs openstacksdk: pip install 'ln-images[clouds]', or unset OS_CLOUD and use an openrc"
         ) from None
     try:
-        region = config.OpenStackConfig(app_name="ln-images", app_version=__version__).get_one(
-            cloud=os_cloud, api_timeout=timeout
-        )
+        region = config.OpenStackConfig(**_CLIENT).get_one(cloud=os_cloud, api_timeout=timeout)
         return Connection(region.get_session(), region.get_region_name("image"), region.get_interface("image"), timeout)
     except Exception as error:
         raise ConfigurationError(f"--os-cloud {os_cloud}: {_line(error)}: check its entry in clouds.yaml") from None

@@ -117,12 +117,9 @@ def _all_servers(get: Callable[..., Any]) -> list[Server]:
 def _server(one: Mapping[str, Any]) -> Server:
     """A server in an answer of Nova's. One that has no image, such as one booted from a volume, has ""."""
     image = str((one.get("image") or {}).get("id") or "")
-    ids = (image, one.get(f"{_SHOWN}kernel_id"), one.get(f"{_SHOWN}ramdisk_id"))
-    return Server(
-        id=str(one["id"]),
-        status=str(one["status"]),
-        task_state=str(one.get("OS-EXT-STS:task_state") or ""),
-        host=str(one.get(f"{_SHOWN}host") or ""),
-        image=image,
-        uses=frozenset(str(image_id) for image_id in ids if image_id),
+    task, host, kernel, ramdisk = (
+        str(one.get(field) or "")
+        for field in ("OS-EXT-STS:task_state", f"{_SHOWN}host", f"{_SHOWN}kernel_id", f"{_SHOWN}ramdisk_id")
     )
+    uses = frozenset({image, kernel, ramdisk} - {""})
+    return Server(str(one["id"]), str(one["status"]), task, host, image, uses)

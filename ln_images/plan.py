@@ -101,19 +101,17 @@ def judge_image(image: Image, options: Options) -> Verdict | None:
     Only ``active`` is a finished image (Glance, "Image Statuses"). A size of 0 is a volume snapshot,
     which has no data. Nova verifies the signature only of what it downloads (nova.image.glance).
     """
-    if not is_image_id(image.id):
-        return Verdict(Outcome.SKIPPED, "not an image id")
-    if image.status in IN_FLIGHT:
+    if image.status in IN_FLIGHT and is_image_id(image.id):
         return Verdict(Outcome.WAITING, f"status {image.status}")
-    if image.status != "active":
-        return Verdict(Outcome.SKIPPED, f"status {image.status}")
-    if image.disk_format not in options.disk_formats:
-        return Verdict(Outcome.SKIPPED, f"disk format {image.disk_format or 'unknown'}")
-    if image.signed:
-        return Verdict(Outcome.SKIPPED, "signed: Nova verifies only what it downloads")
-    if not image.size:
-        return Verdict(Outcome.SKIPPED, "empty" if image.size == 0 else "Glance gives no size")
-    return None
+    reasons = {
+        "not an image id": not is_image_id(image.id),
+        f"status {image.status}": image.status != "active",
+        f"disk format {image.disk_format or 'unknown'}": image.disk_format not in options.disk_formats,
+        "signed: Nova verifies only what it downloads": image.signed,
+        "Glance gives no size": image.size is None,
+        "empty": image.size == 0,
+    }
+    return next((Verdict(Outcome.SKIPPED, reason) for reason, holds in reasons.items() if holds), None)
 
 
 def judge_files(image: Image, source: File | None, entry: File | None, options: Options) -> Verdict:

@@ -22,10 +22,7 @@ LOG = logging.getLogger(__name__)
 # States and tasks of a server (nova.api.openstack.common, nova.compute.task_states) in which its disk may
 # be made from another image than the one it names. UNKNOWN is what the API calls a state that it does not know.
 _RESTLESS = frozenset({"RESCUE", "REBUILD", "UNKNOWN"})
-_OLD_NOVA = (
-    "Nova is older than 26.0.0, where servers may name another image than their disk's: give --instances-dir with all"
-    " disks"
-)
+_OLD_NOVA = "Nova is older than 26.0.0, where servers may name another image than their disk's: give --instances-dir"
 # An id may be used again, when Glance has forgotten it: a retired base is then not what is uploaded.
 _COMING = "an image with this id is being uploaded"
 _RESTLESS_TASKS = ("rebuild", "unshelv", "rescu", "resize_finish")

@@ -334,6 +334,15 @@ def test_a_report_that_cannot_be_written_takes_nothing_away(
         assert run.stderr == (f"ln-images: {told}\n" if told else "")
 
 
+def test_many_images_are_linked_without_a_standard_error(node: Node, tmp_path: Path) -> None:
+    """Where there is none, there is no progress to show."""
+    images = node.cloud.add_many(200)
+    line = f"{COMMAND} -q 2>&-; echo $? >{tmp_path}/status"
+    subprocess.run(["/bin/sh", "-c", line], env=node.environment(), capture_output=True, check=True)
+    assert (tmp_path / "status").read_text() == "0\n"
+    assert all(map(node.linked, images))
+
+
 def test_names_of_any_script_are_printed_under_any_locale(node: Node) -> None:
     """A terminal that cannot show a name gets it escaped."""
     node.cloud.image("\N{CJK UNIFIED IDEOGRAPH-4E2D}\u6587", DATA)
