@@ -1,5 +1,6 @@
 """What the documents say is what the command does."""
 
+import ast
 import os
 import re
 import shutil
@@ -169,6 +170,19 @@ def test_what_a_page_links_to_is_there(page: Path) -> None:
     """Each link from a page to another file of the project leads to one."""
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_no_module_imports_one_that_stands_above_it() -> None:
+    """The table of CONTRIBUTING.md has every module, and each imports from below alone: the house has no circle."""
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("| --- | --- |")[2].partition("\n\n")[0]
+    order = re.findall(r"`(\w+)\.py`", table)
+    package = ROOT / "ln_images"
+    assert sorted(order) == sorted(path.stem for path in package.glob("*.py") if not path.stem.startswith("__"))
+    for above, module in enumerate(order):
+        for one in ast.walk(ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))):
+            if isinstance(one, ast.ImportFrom) and str(one.module).startswith("ln_images"):
+                names = [alias.name for alias in one.names] if one.module == "ln_images" else [str(one.module)[10:]]
+                assert {name for name in names if name in order} <= set(order[above + 1 :]), module
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
