@@ -22,8 +22,8 @@ _REQUESTS = 2
 _BODY_BYTES = 64 * 1024 * 1024
 _BUSY = (429, 503)
 _PLAIN_HTTP = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|record layer failure|wrong version number")
-# An application credential carries its scope; Keystone refuses one that is given beside it.
 _URL = re.compile(r"https?://([^/?#@]*@)?(\[[0-9A-Fa-f:.]+\]|[^][/?#:@]+)(:\d+)?([/?#].*)?")
+# An application credential carries its scope; Keystone refuses one that is given beside it.
 _SCOPE = re.compile(r"system_scope|trust_id|(project|domain|project_domain)_(id|name)")
 
 
