@@ -21,17 +21,11 @@ def _interrupt(*_: object) -> None:
 
 
 def _end() -> None:
-    _hear_no_more()
     # Nothing of the interpreter's own end may add to the line, and nothing that was half imported is there.
     try:
         os.write(2, b"ln-images: interrupted: what was linked stays, the next run does the rest\n")
     finally:
         os._exit(130)
-
-
-def _hear_no_more() -> None:
-    for number in _ENDING:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _dropped(dropped: "sys.UnraisableHookArgs") -> None:
@@ -49,15 +43,15 @@ def start() -> None:
             # Where it is ignored, as under nohup, it stays so.
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, _interrupt)
-        from ln_images.cli import main
+        try:
+            from ln_images.cli import main
 
-        main(prog_name="ln-images")
+            main(prog_name="ln-images")
+        finally:
+            # Python gives up its handlers before it ends, and a signal would kill it without a word.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     except (Interrupted, KeyboardInterrupt):
         _end()
-    except SystemExit:
-        # It is done. Python gives up its handlers before it ends, and a signal would kill it without a word.
-        _hear_no_more()
-        raise
 
 
 if __name__ == "__main__":
