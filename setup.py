@@ -34,7 +34,7 @@ setup(
     data_files=[("share/man/man1", ["docs/ln-images.1"])],
     python_requires=">=3.11",
     install_requires=[
-        "click>=8.2.0",
+        "click>=8.3.0",
         "inotify_simple>=1.3.5",
         "keystoneauth1>=5.10.0",
         "oslo.utils[image-inspection]>=8.0.0",

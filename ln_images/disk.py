@@ -139,7 +139,7 @@ class Disk(contextlib.ExitStack):
                         return self._link(source, image, options)
                 return verdict
         except FileNotFoundError as error:
-            # Glance's file may have gone meanwhile; else the cache has.
+            # Glance's file may have gone before it was opened; else the cache has.
             gone = not os.access(image.id, os.F_OK, dir_fd=self._images)
             return judge_files(image, None, None, options) if gone else failure(error)
         except OSError as error:
@@ -219,6 +219,10 @@ class Disk(contextlib.ExitStack):
             os.link(f"/proc/self/fd/{source}", cache_name(image.id), dst_dir_fd=self._cache, follow_symlinks=True)
         except FileExistsError:
             return self._judge(image, unmarked(os.fstat(source)), options)
+        except FileNotFoundError:
+            if os.fstat(source).st_nlink:
+                raise
+            return self._judge(image, None, options)
         return Verdict(Outcome.LINKED)
 
     def _rename(self, old: str, new: str) -> None:

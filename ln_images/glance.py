@@ -1,6 +1,5 @@
 """Session -> images."""
 
-import contextlib
 import functools
 import logging
 import re
@@ -51,7 +50,8 @@ class Glance:
 
     def has_active(self) -> bool:
         """Whether the credential can see an active image with content. Raises as :meth:`images` does."""
-        return bool(self._listed(at_most=1, status="active", size_min="1"))
+        query = {"status": "active", "size_min": "1"}
+        return bool(self._listed(1, **query) or self._listed(1, **query, os_hidden="true"))
 
     def is_gone(self, image_id: str) -> bool:
         """Whether Glance, asked for one image by itself, says that there is none.
@@ -60,10 +60,15 @@ class Glance:
         Raises as :meth:`images` does.
         """
         images = self._images
-        with self.connection.asking("Glance"), contextlib.suppress(NotFound):
-            images.get(image_id)
-            return False
-        return True
+        with self.connection.asking("Glance") as images.http_client.begin:
+            try:
+                images.get(image_id)
+            except NotFound as error:
+                # Keystone's own, while a token is renewed, says nothing of the image.
+                if not str(error.url).endswith(f"/v2/images/{image_id}"):
+                    raise
+                return True
+        return False
 
     def _by_id(self, ids: Sequence[str]) -> dict[str, Image]:
         found: dict[str, Image] = {}
@@ -78,8 +83,7 @@ class Glance:
     def _listed(self, at_most: int | None = None, **filters: str) -> dict[str, Image]:
         images = self._images
         found: dict[str, Image] = {}
-        with self.connection.asking("Glance") as begin:
-            images.http_client.begin = begin
+        with self.connection.asking("Glance") as images.http_client.begin:
             query = {"visibility": "all"} | filters
             for document in images.list(page_size=at_most or PAGE_SIZE, limit=at_most, filters=query):
                 image = image_of(document)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import traceback
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,6 @@ _REQUESTS = 2
 _BODY_BYTES = 64 * 1024 * 1024
 _BUSY = (429, 503)
 _PLAIN_HTTP = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|record layer failure|wrong version number")
-_URL = re.compile(r"https?://([^/?#@]*@)?(\[[0-9A-Fa-f:.]+\]|[^][/?#:@]+)(:\d+)?([/?#].*)?")
 # An application credential carries its scope; Keystone refuses one that is given beside it.
 _SCOPE = re.compile(r"system_scope|trust_id|(project|domain|project_domain)_(id|name)")
 
@@ -127,12 +127,19 @@ def _auth(given: Mapping[str, str]) -> Any:
     missing = _missing({dest: value(option) for dest, option in options.items()}, options)
     if missing:
         raise ConfigurationError(f"{' and '.join(missing)} not set: `source admin-openrc` first, or give --os-cloud")
-    if "auth_url" in options and not _URL.fullmatch(str(value(options["auth_url"]))):
+    if "auth_url" in options and not _is_url(str(value(options["auth_url"]))):
         raise ConfigurationError("OS_AUTH_URL is no http or https URL: correct it in your openrc")
     try:
         return loader.load_from_options_getter(value)
     except Exception as error:
         raise ConfigurationError(f"OS_AUTH_TYPE={auth_type}: {_line(error)}: check your openrc") from None
+
+
+def _is_url(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    return False
 
 
 def _missing(values: Mapping[str, Any], options: Mapping[str, Opt]) -> list[str]:

@@ -47,6 +47,8 @@ def set_up(log_file: str | None, verbose: bool, quiet: bool) -> int:
             raise fault from None
         LOG.error("%s", fault)
         return fault.exit_status
+    # It was opened to see that it can be.
+    handler.close()
     handler.setLevel(logging.DEBUG if verbose else logging.INFO)
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(filename)s:%(lineno)d %(message)s"))
     _OURS.addHandler(handler)

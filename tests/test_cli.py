@@ -247,6 +247,14 @@ def test_the_log_file_rotates(node: Node, tmp_path: Path) -> None:
     assert Path(f"{log}.5").read_text() == "4"
 
 
+def test_the_first_line_after_a_log_was_renamed_is_in_a_new_one(tmp_path: Path) -> None:
+    """A service may have nothing to log for weeks, and logrotate renames the file meanwhile."""
+    code = "import logging, os; from ln_images import logs; logs.to_stderr(); logs.set_up('log', False, False)"
+    code += "; os.rename('log', 'log.1'); logging.getLogger('ln_images.any').error('first')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    assert ["first" in (tmp_path / name).read_text() for name in ("log", "log.1")] == [True, False]
+
+
 @needs_root
 def test_a_failed_image_is_exit_status_1(node: Node, tmp_path: Path) -> None:
     """What the system refuses is that image's failed line, on standard error too, and the status is 1."""

@@ -89,13 +89,14 @@ def on(directory: Path) -> dict[str, str]:
     return {"images_dir": f"{directory}/images", "cache_dir": f"{directory}/cache"}
 
 
-def test_an_empty_store_of_a_cloud_with_images_is_not_mounted(node: Node) -> None:
-    """Where no image has a file and Glance has active ones, one question tells, and it is a fault and no success."""
+@pytest.mark.parametrize("hidden", [False, True])
+def test_an_empty_store_of_a_cloud_with_images_is_not_mounted(node: Node, hidden: bool) -> None:
+    """Where no image has a file and Glance has active ones, hidden or not, that is a fault and no success."""
     empty = node.cache.with_suffix(".empty")
     empty.mkdir()
     assert passes_of(node, images_dir=str(empty)).whole().results == [], "a cloud without images"
     node.cloud.create("queued")
-    image = node.cloud.image("image", DATA)
+    image = node.cloud.image("image", DATA, os_hidden=hidden)
     for options in ({}, {"full": True}, {"dry_run": True}):
         with pytest.raises(ConfigurationError, match=r"none of them has a file in .*: is its volume mounted"):
             passes_of(node, images_dir=str(empty), **options).whole()

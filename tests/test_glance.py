@@ -16,7 +16,7 @@ from conftest import Node
 from faulty import Answer, Faulty, Front, Rule
 from ln_images.glance import Glance, image_of
 from ln_images.keystone import connect
-from ln_images.model import TemporaryError
+from ln_images.model import ConfigurationError, TemporaryError
 from wire import refusal, run
 
 DATA = b"\1" * 4096
@@ -257,3 +257,18 @@ def test_any_json_object_is_an_image_or_a_temporary_error(fields: dict[str, Any]
     assert texts == tuple(fields[key] if type(fields.get(key)) is str else "" for key in FIELDS[:-1])
     assert image.size == (size if type(size) is int and size >= 0 else None)
     assert type(image.size) in (int, type(None))
+
+
+def test_a_404_of_keystone_is_not_glances(node: Node, front: Front) -> None:
+    """Where a token has to be renewed while one image is asked for, only Glance's 404 says that there is none."""
+    image = node.cloud.image("image", DATA)
+    armed: list[bool] = []
+    _, region = front(lambda path: Answer(401, b"{}") if armed and path == f"/v2/images/{image}" else path)
+    rule: Rule = lambda path: Answer(404, b"{}") if armed and path.endswith("/tokens") else path  # noqa: E731
+    with Faulty(node.cloud.keystone, rule) as keystone:
+        glance = Glance(connect(node.environment(**region, OS_AUTH_URL=f"{keystone.url}/v3"), 5))
+        assert not glance.is_gone(image)
+        assert glance.is_gone("fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0")
+        armed.append(True)
+        with pytest.raises(ConfigurationError, match="Keystone refuses the credentials: HTTP 404"):
+            glance.is_gone(image)

@@ -148,3 +148,11 @@ def test_every_option_has_its_variable() -> None:
             continue
         explicit = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or [])
         assert f"LN_IMAGES_{name}" in [*explicit, f"{context.auto_envvar_prefix}_{str(option.name).upper()}"]
+
+
+@pytest.mark.parametrize(("value", "on"), [("0", False), ("false", False), ("", False), ("1", True), ("yes", True)])
+@pytest.mark.parametrize("name", ["prune", "dry_run", "verify"])
+def test_a_flag_of_the_environment_can_say_no(monkeypatch: pytest.MonkeyPatch, name: str, value: str, on: bool) -> None:
+    """LN_IMAGES_<OPTION> is read as yes or no."""
+    monkeypatch.setenv(f"LN_IMAGES_{name.upper()}", value)
+    assert read()[name] is on
