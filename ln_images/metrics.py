@@ -15,8 +15,6 @@ _PREFIX = "ln_images_"
 _OF_OTHER_RUNS = ("prune_", "verify_")
 _KEPT = "Of the last pass with --prune, or with --verify."
 _CLEAN_UP = (Outcome.RESTORED, Outcome.RETIRED, Outcome.PRUNED, Outcome.KEPT)
-# By name, what a value says, and the value.
-_Values = dict[str, tuple[str, float]]
 
 
 class Textfile:
@@ -31,8 +29,7 @@ class Textfile:
             ) from None
         self._path, self._prune = path, prune
         self._client = prometheus_client
-        self._registry = prometheus_client.CollectorRegistry()
-        self._images: Any = None
+        self._gauges: dict[str, Any] = {}
 
     def write(self, pass_: Pass | None, status: int, now: float) -> None:
         """Tells of a pass that ended with exit ``status`` at ``now``, in seconds since the epoch.
@@ -42,62 +39,63 @@ class Textfile:
         Raises ConfigurationError where the file cannot be written.
         """
         if pass_ is not None and pass_.narrow:
-            if self._images is not None:
+            if "images" in self._gauges:
                 for outcome in CHANGES:
-                    self._images.labels(outcome.value).inc(report.counts(pass_)[outcome])
+                    self._gauges["images"].labels(outcome.value).inc(report.counts(pass_)[outcome])
                 self._save()
             return
         before = self._read()
-        self._registry, self._images = self._client.CollectorRegistry(), None
-        self._gauge("build_info", "Version of ln-images.", "version").labels(__version__).set(1)
-        values = {name: (_KEPT, value) for name, value in before.items() if name.startswith(_OF_OTHER_RUNS)}
-        values |= _times("", "the last pass", status, now, before)
+        self._registry, self._gauges = self._client.CollectorRegistry(), {}
+        self._set("build_info", "Version of ln-images.", 1, version=__version__)
+        self._set_times("", "the last pass", status, now, before)
         if self._prune:
-            values |= _times("prune_", "the last pass with --prune", status, now, before)
+            self._set_times("prune_", "the last pass with --prune", status, now, before)
         if pass_ is not None:
-            values |= self._of_pass(pass_, now)
-        for name, (text, value) in values.items():
-            self._gauge(name, text).set(value)
+            self._set_pass(pass_, now)
+        for name, value in before.items():
+            if name.startswith(_OF_OTHER_RUNS) and name not in self._gauges:
+                self._set(name, _KEPT, value)
         self._save()
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Any:
-        return self._client.Gauge(_PREFIX + name, text, labels, registry=self._registry)
+    def _set(self, name: str, text: str, value: float, **labels: str) -> None:
+        if name not in self._gauges:
+            self._gauges[name] = self._client.Gauge(_PREFIX + name, text, labels, registry=self._registry)
+        gauge = self._gauges[name]
+        (gauge.labels(**labels) if labels else gauge).set(value)
 
-    def _of_pass(self, pass_: Pass, now: float) -> _Values:
-        """The values of a pass; those that have labels are set."""
-        found = report.counts(pass_)
-        self._images = self._gauge("images", "Images by outcome.", "outcome")
+    def _set_times(self, prefix: str, what: str, status: int, now: float, before: Mapping[str, float]) -> None:
+        success = f"{prefix}last_success_timestamp_seconds"
+        since = now if status == 0 else before.get(success, 0)
+        self._set(f"{prefix}exit_status", f"Exit status of {what}.", status)
+        self._set(f"{prefix}last_pass_timestamp_seconds", f"When {what} ended.", now)
+        self._set(success, f"When {what} ended whose exit status was 0, or 0.", since)
+
+    def _set_pass(self, pass_: Pass, now: float) -> None:
+        found, unknown = report.counts(pass_), report.unknown(pass_)
         for outcome in Outcome:
-            self._images.labels(outcome.value).set(found[outcome])
-        held = self._gauge("held", "Bases in the cache that no image stands behind.", "kind")
-        held_bytes = self._gauge("held_bytes", "Bytes that such bases hold.", "kind")
+            self._set("images", "Images by outcome.", found[outcome], outcome=outcome.value)
         for kind, (count, size) in pass_.held.items():
-            held.labels(kind).set(count)
-            held_bytes.labels(kind).set(size)
-        unknown = report.unknown(pass_)
+            self._set("held", "Bases in the cache that no image stands behind.", count, kind=kind)
+            self._set("held_bytes", "Bytes that such bases hold.", size, kind=kind)
+        self._set("unknown_files", "Files in the store that Glance does not know.", len(unknown))
+        self._set("unknown_bytes", "Bytes of the files in the store that Glance does not know.", sum(unknown))
         raw = sum(result.verdict == RAW_COPY for result in pass_.results)
+        self._set("occupied_raw", "Images whose name Nova's raw copy has.", raw)
+        self._set("pass_duration_seconds", "How long the last pass took.", pass_.duration)
         size, free, free_inodes, uid, gid = pass_.cache
-        values: _Values = {
-            "unknown_files": ("Files in the store that Glance does not know.", len(unknown)),
-            "unknown_bytes": ("Bytes of the files in the store that Glance does not know.", sum(unknown)),
-            "occupied_raw": ("Images whose name Nova's raw copy has.", raw),
-            "pass_duration_seconds": ("How long the last pass took.", pass_.duration),
-            "cache_size_bytes": ("Size of the cache's file system.", size),
-            "cache_free_bytes": ("Bytes free on the cache's file system.", free),
-            "cache_free_inodes": ("Inodes free on the cache's file system.", free_inodes),
-            "cache_directory_uid": ("Owner of the cache directory.", uid),
-            "cache_directory_gid": ("Group of the cache directory.", gid),
-        }
+        self._set("cache_size_bytes", "Size of the cache's file system.", size)
+        self._set("cache_free_bytes", "Bytes free on the cache's file system.", free)
+        self._set("cache_free_inodes", "Inodes free on the cache's file system.", free_inodes)
+        self._set("cache_directory_uid", "Owner of the cache directory.", uid)
+        self._set("cache_directory_gid", "Group of the cache directory.", gid)
         if self._prune:
-            values |= {f"prune_{outcome}": (_KEPT, found[outcome]) for outcome in _CLEAN_UP}
+            for outcome in _CLEAN_UP:
+                self._set(f"prune_{outcome}", _KEPT, found[outcome])
         if pass_.audit is not None:
-            values |= {
-                "verify_last_pass_timestamp_seconds": (_KEPT, now),
-                "verify_images": (_KEPT, pass_.audit.images),
-                "verify_without_checksum": (_KEPT, pass_.audit.unverified),
-                "verify_damaged": (_KEPT, found[Outcome.DAMAGED]),
-            }
-        return values
+            self._set("verify_last_pass_timestamp_seconds", _KEPT, now)
+            self._set("verify_images", _KEPT, pass_.audit.images)
+            self._set("verify_without_checksum", _KEPT, pass_.audit.unverified)
+            self._set("verify_damaged", _KEPT, found[Outcome.DAMAGED])
 
     def _read(self) -> dict[str, float]:
         """The values of the file as it is, without their labels and the common beginning of their names."""
@@ -120,12 +118,3 @@ class Textfile:
             ) from None
         finally:
             os.umask(umask)
-
-
-def _times(prefix: str, what: str, status: int, now: float, before: Mapping[str, float]) -> _Values:
-    success = f"{prefix}last_success_timestamp_seconds"
-    return {
-        f"{prefix}exit_status": (f"Exit status of {what}.", status),
-        f"{prefix}last_pass_timestamp_seconds": (f"When {what} ended.", now),
-        success: (f"When {what} ended whose exit status was 0, or 0.", now if status == 0 else before.get(success, 0)),
-    }

@@ -49,6 +49,8 @@ NO_OPENRC = dict.fromkeys(
 # What the command takes where it is given nothing, but for an owner that every machine has.
 with main.make_context("ln-images", [f"--owner={OWNER[0]}:{OWNER[1]}"]) as context:
     DEFAULTS = Options(**context.params)
+# For processes that get a signal: one that comes while coverage holds its own lock would hang them.
+UNCOVERED: Variables = {"COVERAGE_PROCESS_CONFIG": None}
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root: mounts, devices and other owners")
 
 

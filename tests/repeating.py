@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from conftest import COMMAND, SCHEMA, Node
+from conftest import COMMAND, SCHEMA, UNCOVERED, Node
 
 # Whoever waits for the next report of a process that hangs is told so by its end.
 ENDS_WITHIN = 300
@@ -44,7 +44,7 @@ def running(node: Node, *arguments: str, **variables: str | None) -> Iterator[Ru
     """The command with reports in JSON; it is gone when the block ends."""
     process = subprocess.Popen(
         [COMMAND, "--format", "json", *arguments],
-        env=node.environment(**variables),
+        env=node.environment(**variables, **UNCOVERED),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from cloud import wait_until
-from conftest import COMMAND, DEFAULTS, Node
+from conftest import COMMAND, DEFAULTS, UNCOVERED, Node
 from corpus import MIB
 from ln_images.keystone import connect
 from ln_images.model import Outcome, Pass
@@ -203,7 +203,9 @@ def test_it_can_be_interrupted_at_once(node: Node) -> None:
     """Ctrl-C in the middle of an image that would be read for minutes ends the run with status 130 and one line."""
     image = node.cloud.add_many(1, size=1024 * 1024 * MIB)[0]
     column(node, image, os_hash_algo="sha512", os_hash_value=UPLOADED)
-    process = subprocess.Popen([COMMAND, "--verify"], env=node.environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [COMMAND, "--verify"], env=node.environment(**UNCOVERED), stderr=subprocess.PIPE, text=True
+    )
 
     def reads() -> bool:
         return int(Path(f"/proc/{process.pid}/io").read_text().split()[1]) > 100 * MIB

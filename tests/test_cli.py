@@ -17,7 +17,7 @@ import pytest
 
 import ln_images
 from cloud import wait_until
-from conftest import COMMAND, OWNER, SCHEMA, Node, needs_root
+from conftest import COMMAND, OWNER, SCHEMA, UNCOVERED, Node, needs_root
 from ln_images.inode import MARK
 
 DATA = b"\1" * 100_000
@@ -364,7 +364,7 @@ def test_a_signal_ends_a_run_that_waits_for_the_cloud(node: Node, number: int) -
     with socket.create_server(("127.0.0.1", 0)) as silent:
         process = subprocess.Popen(
             [COMMAND],
-            env=node.environment(OS_AUTH_URL=f"http://127.0.0.1:{silent.getsockname()[1]}/v3"),
+            env=node.environment(OS_AUTH_URL=f"http://127.0.0.1:{silent.getsockname()[1]}/v3", **UNCOVERED),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -390,7 +390,7 @@ def test_a_signal_at_any_moment_is_one_line(node: Node) -> None:
     for milliseconds in range(0, 301, 20):
         process = subprocess.Popen(
             [COMMAND, "-q", "--dry-run"],
-            env=node.environment(),
+            env=node.environment(**UNCOVERED),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -451,7 +451,9 @@ def test_a_signal_at_the_very_end_leaves_the_status_of_what_was_done() -> None:
 def test_under_nohup_the_end_of_a_session_ends_nothing(node: Node) -> None:
     """Where SIGHUP is ignored when the command starts, as nohup(1) has it, it stays so."""
     image = node.cloud.image("image", DATA)
-    process = subprocess.Popen(["nohup", COMMAND, "-q"], env=node.environment(), stdin=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        ["nohup", COMMAND, "-q"], env=node.environment(**UNCOVERED), stdin=subprocess.DEVNULL, text=True
+    )
     wait_until(lambda: catches(process, signal.SIGTERM), "the command to begin")
     process.send_signal(signal.SIGHUP)
     assert process.wait(30) == 0
@@ -477,7 +479,7 @@ def test_the_module_takes_nothing_from_the_current_directory(tmp_path: Path) -> 
 def begin_linking(node: Node) -> subprocess.Popen[str]:
     """Starts the command and returns when it has made its first links."""
     before = len(node.names())
-    process = subprocess.Popen([COMMAND, "-q"], env=node.environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([COMMAND, "-q"], env=node.environment(**UNCOVERED), stderr=subprocess.PIPE, text=True)
     try:
         wait_until(lambda: len(node.names()) > before + 10 or process.poll() is not None, "the first links")
     except BaseException:
