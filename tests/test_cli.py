@@ -247,6 +247,15 @@ def test_the_log_file_rotates(node: Node, tmp_path: Path) -> None:
     assert Path(f"{log}.5").read_text() == "4"
 
 
+def test_a_log_that_cannot_be_opened_now_is_told_beside(node: Node) -> None:
+    """Nothing can be made below /sys: the image is linked all the same, and the status says that something is wrong."""
+    image = node.cloud.image("image", DATA)
+    run = node.run("-q", "--log-file", "/sys/log")
+    assert run.returncode == 2
+    assert one_line(run.stderr).startswith("ln-images: --log-file /sys/log: ")
+    assert node.linked(image)
+
+
 def test_the_first_line_after_a_log_was_renamed_is_in_a_new_one(tmp_path: Path) -> None:
     """A service may have nothing to log for weeks, and logrotate renames the file meanwhile."""
     code = "import logging, os; from ln_images import logs; logs.to_stderr(); logs.set_up('log', False, False)"
