@@ -26,7 +26,7 @@ def audit(options: Options, glance: Glance, disk: Disk, progress: Progress) -> t
     """
     start = time.monotonic()
     rehearsal = replace(options, dry_run=True)
-    asked = [image for image in glance.images() if judge_image(image, options) is None]
+    asked = [image for image in glance.images().values() if judge_image(image, options) is None]
     images = [image for image in asked if disk.settle(image, rehearsal).outcome in _LINKS]
     checkable = [image for image in images if can_digest(image.checksum)]
     total = sum(image.size or 0 for image in checkable)
@@ -50,8 +50,8 @@ def _verify(glance: Glance, disk: Disk, image: Image, step: Callable[[int], None
         return None
     except OSError as error:
         return failure(error)
-    still = glance.images_of([image.id])
-    if not any(one.checksum == image.checksum and one.status == "active" for one in still):
+    still = glance.images_of([image.id]).get(image.id)
+    if still is None or still.checksum != image.checksum or still.status != "active":
         return None
     return Verdict(
         Outcome.DAMAGED, f"{algorithm} is {found[:8]}..., Glance says {uploaded[:8]}...: see docs/recovery.md"

@@ -32,21 +32,28 @@ class Glance:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def images(self, ids: Sequence[str] | None = None) -> list[Image]:
-        """Every image that the credential can see, or those of ``ids`` and those in flight; always whole.
+    def images(self, ids: Sequence[str] | None = None) -> dict[str, Image]:
+        """Every image that the credential can see, by its id, or those of ``ids`` and those in flight; always whole.
 
         A page that fails raises: ConfigurationError where the credential is refused or there is no image
         service, TemporaryError where the cloud cannot be reached or answers badly.
         """
         if ids is not None:
-            return list((self._listed(status=f"in:{','.join(sorted(IN_FLIGHT))}") | self._by_id(ids)).values())
+            return self._listed(status=f"in:{','.join(sorted(IN_FLIGHT))}") | self.images_of(ids)
         # Without visibility=all, other projects' community images are left out, and hidden ones are
         # only ever listed by themselves.
-        return list((self._listed() | self._listed(os_hidden="true")).values())
+        return self._listed() | self._listed(os_hidden="true")
 
-    def images_of(self, ids: Sequence[str]) -> list[Image]:
+    def images_of(self, ids: Sequence[str]) -> dict[str, Image]:
         """Those of ``ids`` that the credential can see. Raises as :meth:`images` does."""
-        return list(self._by_id(ids).values())
+        found: dict[str, Image] = {}
+        for start in range(0, len(ids), IDS_A_REQUEST):
+            group = ids[start : start + IDS_A_REQUEST]
+            found |= self._listed(id=f"in:{','.join(group)}")
+            hidden = [image_id for image_id in group if image_id not in found]
+            if hidden:
+                found |= self._listed(id=f"in:{','.join(hidden)}", os_hidden="true")
+        return found
 
     def has_active(self) -> bool:
         """Whether the credential can see an active image with content. Raises as :meth:`images` does."""
@@ -69,16 +76,6 @@ class Glance:
                     raise
                 return True
         return False
-
-    def _by_id(self, ids: Sequence[str]) -> dict[str, Image]:
-        found: dict[str, Image] = {}
-        for start in range(0, len(ids), IDS_A_REQUEST):
-            group = ids[start : start + IDS_A_REQUEST]
-            found |= self._listed(id=f"in:{','.join(group)}")
-            hidden = [image_id for image_id in group if image_id not in found]
-            if hidden:
-                found |= self._listed(id=f"in:{','.join(hidden)}", os_hidden="true")
-        return found
 
     def _listed(self, at_most: int | None = None, **filters: str) -> dict[str, Image]:
         images = self._images

@@ -14,10 +14,7 @@ from ln_images.model import DISK_FORMATS, ConfigurationError
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # What chown(2) takes for "leave it".
 _NO_ID = 2**32 - 1
-_USER_MEND = (
-    "name the one that QEMU runs as on the compute nodes, or its number; `stat -c %u:%g` of a running server's disk"
-    " tells both"
-)
+_USER_MEND = "name QEMU's user on the compute nodes, or its number: `stat -c %u:%g` of a server's disk there"
 
 
 class _Seconds(click.FloatRange):
@@ -64,18 +61,18 @@ def _mode(value: str) -> int:
 def _owner(value: str) -> tuple[int, int]:
     """The uid and gid that ``USER[:GROUP]`` stands for, names or numbers, as chown(1) reads it."""
     user, _, group = value.partition(":")
-    uid = _id("user", user, lambda: pwd.getpwnam(user).pw_uid, _USER_MEND)
+    uid = _id("user", user, pwd.getpwnam, _USER_MEND)
     if group:
-        return uid, _id("group", group, lambda: grp.getgrnam(group).gr_gid, "name another, or its number")
+        return uid, _id("group", group, grp.getgrnam, "name another, or its number")
     try:
         return uid, pwd.getpwnam(user).pw_gid
     except KeyError:
         raise ConfigurationError(f"--owner: {user} is a number: say which group, as {user}:GROUP") from None
 
 
-def _id(kind: str, name: str, find: Callable[[], int], mend: str) -> int:
+def _id(kind: str, name: str, find: Callable[[str], Any], mend: str) -> int:
     try:
-        return find()
+        return int(find(name)[2])
     except (KeyError, ValueError):
         if re.fullmatch("[0-9]{1,10}", name) and int(name) < _NO_ID:
             return int(name)

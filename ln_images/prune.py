@@ -120,16 +120,16 @@ def age(seconds: float) -> str:
 
 
 def clean_up(
-    options: Options, glance: Glance, disk: Disk, bases: Sequence[Base], images: Sequence[Image], now: float
+    options: Options, glance: Glance, disk: Disk, bases: Sequence[Base], images: Mapping[str, Image], now: float
 ) -> Iterator[tuple[Base, Verdict]]:
     """Retires, restores and removes what of ``bases`` the evidence says, and tells of each. Raises where it cannot.
 
-    ``images`` are all that Glance has, hidden ones included, listed after ``bases`` were looked at; ``now`` is in
-    seconds since the epoch. Nothing is asked while nothing could come of it, but in a dry run, which is a rehearsal.
+    ``images`` are all that Glance has, by id, hidden ones included, listed after ``bases`` were looked at; ``now`` is
+    in seconds since the epoch. Nothing is asked while nothing could come of it, but in a dry run, which is a rehearsal.
     The lock is held only while something is done.
     """
     bases = [base for base in bases if base.image_id or base.retired or options.prune_unmarked]
-    evidence = Evidence(now, options.prune_after, needed(images, ()))
+    evidence = Evidence(now, options.prune_after, needed(images.values(), ()))
     waiting = [base for base in bases if judge(base, evidence).outcome is not Outcome.KEPT or base.retired]
     fault = None
     if waiting or options.dry_run:
@@ -154,20 +154,19 @@ def clean_up(
 
 
 def _gathered(
-    options: Options, glance: Glance, disk: Disk, waiting: Sequence[Base], images: Sequence[Image], known: Evidence
+    options: Options, glance: Glance, disk: Disk, waiting: Sequence[Base], images: Mapping[str, Image], known: Evidence
 ) -> Evidence:
     """The evidence with all that can be asked. Raises ConfigurationError or TemporaryError where it cannot be."""
     if not glance.connection.is_administrator():
         raise ConfigurationError("--prune needs a credential with the role admin: nothing was pruned")
     # Both must say that an image is gone: some are in no listing, and a gateway that is ill answers 404, too.
-    listed = {image.id for image in images}
-    gone = {base.image_id for base in waiting if base.image_id} - listed
+    gone = {base.image_id for base in waiting if base.image_id} - images.keys()
     unlisted = [Image(image_id, status="unlisted") for image_id in sorted(gone) if not glance.is_gone(image_id)]
     servers, proof = nova.servers(glance.connection)
     disks = read_disks(options.instances_dirs)
-    reasons = needed([*images, *unlisted], servers)
+    reasons = needed([*images.values(), *unlisted], servers)
     old = "" if proof or options.instances_dirs else _OLD_NOVA
-    doubt = restless(servers) or disks.doubt or old or _misnamed(servers, proof, listed, disk, disks)
+    doubt = restless(servers) or disks.doubt or old or _misnamed(servers, proof, images, disk, disks)
     return replace(known, needed=reasons, disks=disks, opened=open_inodes(), doubt=doubt)
 
 

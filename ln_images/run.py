@@ -4,7 +4,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from itertools import chain
@@ -97,21 +97,20 @@ class Passes:
         options = self._options
         started_at, start = datetime.now(UTC), time.monotonic()
         with Disk(options.images_dir, options.cache_dir) as disk, self._locked(disk):
-            results = self._settle(disk, self._glance.images_of(sorted(ids)), {})
+            results = self._settle(disk, self._glance.images_of(sorted(ids)).values(), {})
         self._told |= self._tell(results)
         return Pass(started_at, time.monotonic() - start, options.dry_run, results, narrow=True, held=self._held)
 
-    def _link(self, disk: Disk, audited: Mapping[str, Verdict]) -> tuple[Look, list[Image], list[Result]]:
+    def _link(self, disk: Disk, audited: Mapping[str, Verdict]) -> tuple[Look, dict[str, Image], list[Result]]:
         """What a pass does under the lock: the look, what Glance has, and what became of what is not settled."""
         with self._locked(disk):
             look = plan.look(disk.sources(), disk.entries(), self._options)
             recalled = self._recalled(disk, look.unsettled)
-            images, unknown = self._ask(disk, look, recalled)
+            images = self._ask(disk, look, recalled)
             settled = frozenset(look.settled)
-            results = self._settle(disk, [image for image in images if image.id not in settled], audited)
-            asked = {image.id for image in images}
-            results += [result for result in recalled if result.image.id not in asked]
-            results += self._unknown(disk, unknown)
+            results = self._settle(disk, [image for image in images.values() if image.id not in settled], audited)
+            results += [result for image_id, result in recalled.items() if image_id not in images]
+            results += self._unknown(disk, [one for one in look.unsettled if one not in images and one not in recalled])
             # The entries that could not be looked at, and of which no image has told.
             told = {result.cache_name for result in results}
             results += [Result(Image(""), name, verdict) for name, verdict in look.broken.items() if name not in told]
@@ -123,16 +122,15 @@ class Passes:
             return contextlib.nullcontext()
         return disk.locked(self._options.every or (_AFTER_AUDIT if self._options.verify else 0))
 
-    def _ask(self, disk: Disk, look: Look, recalled: Iterable[Result]) -> tuple[list[Image], list[str]]:
-        """The images that this pass is about, and the ids of files that Glance does not know.
+    def _ask(self, disk: Disk, look: Look, recalled: Mapping[str, Result]) -> dict[str, Image]:
+        """The images that this pass is about, by id.
 
         Raises ConfigurationError where store and cloud do not belong together.
         """
         options = self._options
-        ids = sorted(set(look.unsettled).difference(result.image.id for result in recalled))
+        ids = [image_id for image_id in look.unsettled if image_id not in recalled]
         everything = options.full or options.prune or options.verify or len(ids) > LISTING_PAYS
         images = self._glance.images(None if everything else ids)
-        known = {image.id for image in images}
         here = [*look.settled, *look.unsettled]
         # An image may have been finished meanwhile.
         if not here and self._glance.has_active() and not any(map(plan.is_image_id, chain(*disk.sources().values()))):
@@ -140,14 +138,14 @@ class Passes:
                 f"Glance has active images and none of them has a file in {options.images_dir}: is its volume mounted,"
                 " or is --images-dir another?"
             )
-        if options.prune and here and known.isdisjoint(here):
+        if options.prune and here and images.keys().isdisjoint(here):
             raise ConfigurationError(
                 "Glance knows none of the images whose files are here: the credential is another cloud's, or another"
                 " region's; nothing was touched"
             )
-        return images, [image_id for image_id in ids if image_id not in known]
+        return images
 
-    def _settle(self, disk: Disk, images: Sequence[Image], audited: Mapping[str, Verdict]) -> list[Result]:
+    def _settle(self, disk: Disk, images: Collection[Image], audited: Mapping[str, Verdict]) -> list[Result]:
         options = self._options
         results: list[Result] = []
         with self._progress("Linking", len(images)) as bar:
@@ -170,15 +168,15 @@ class Passes:
                 image = Image(image_id, size=source and source.size)
                 yield Result(image, plan.cache_name(image_id), verdict)
 
-    def _recalled(self, disk: Disk, unsettled: Iterable[str]) -> list[Result]:
+    def _recalled(self, disk: Disk, unsettled: Iterable[str]) -> dict[str, Result]:
         """What is known from an earlier pass of files that get no link, as long as they have not changed."""
         if self._options.every is None:
-            return []
+            return {}
         if time.monotonic() >= self._forgets_at:
             self._judged, self._forgets_at = {}, time.monotonic() + _RECALL
         # Looked at before they are judged: of what changes meanwhile, nothing is known.
         self._files = {image_id: file for image_id in unsettled if (file := _file(disk, image_id))}
-        return [result for image_id, (file, result) in self._judged.items() if self._files.get(image_id) == file]
+        return {image_id: one for image_id, (file, one) in self._judged.items() if self._files.get(image_id) == file}
 
     def _remember(self, results: Iterable[Result]) -> None:
         """Keeps for a while what only another file could change: not what may become active, or is in the way."""

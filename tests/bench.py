@@ -107,7 +107,7 @@ included, and the requests that they send to Keystone and Glance. The service wa
 """,
     "narrow": """
 In one process under `--every`: a pass for one image whose file was just closed, and whole passes with nothing to do,
-the first and the later ones, which remember the marks of the one before.
+the first and the later ones.
 """,
     "verify": """
 Both read the same file with SHA-512. Cold: nothing of the file is in the page cache before. Warm: all of it is.

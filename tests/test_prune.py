@@ -633,7 +633,8 @@ class World:
             for base in found
             if (file := self.disk.entry(base.name + ".retired" * base.retired)) is not None
         ]
-        images = [Image(image_id, status=status) for image_id, status in self.glance.items() if status != "unlisted"]
+        listed = {image_id: status for image_id, status in self.glance.items() if status != "unlisted"}
+        images = {image_id: Image(image_id, status=status) for image_id, status in listed.items()}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ln_images.prune.open_inodes", lambda: open_inodes(str(self.place / "nfsd")))
             glance: Any = self
