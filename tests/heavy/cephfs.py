@@ -306,7 +306,7 @@ def _more_than(count: Callable[[], int], number: int, process: subprocess.Popen[
 def two_runs(lab: Lab) -> str:
     """Two runs at once, one on each client, do the work once."""
     # Each link waits until the other client has let the directory go, for up to half a second.
-    images = lab.cloud.add_many(200)
+    images = lab.cloud.add_many(100)
     start = time.monotonic()
     other = {
         "LN_IMAGES_IMAGES_DIR": str(lab.there(lab.node.images)),
