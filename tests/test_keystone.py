@@ -116,6 +116,21 @@ def test_a_wrong_variable_is_named(node: Node, variables: Variables, named: str)
     assert named in refusal(node, 2, variables)
 
 
+@pytest.mark.parametrize(
+    "host", ["HTTPS://host", "http://host:", "http://[fe80::1%25eth0]:5000", "http://me@dom:pw@host"]
+)
+def test_an_odd_url_is_taken(host: str) -> None:
+    """Whatever the HTTP library can ask is no wrong variable, and nothing is asked yet."""
+    assert connect(dict.fromkeys(NO_OPENRC, "admin") | {"OS_AUTH_URL": f"{host}/v3"}, 1)
+
+
+@pytest.mark.parametrize("host", ["http://host:0", "http://host:99999", "http://[1.2.3.4]", "http://host:\u0665"])
+def test_an_impossible_url_is_refused(host: str) -> None:
+    """What no server can have is a wrong variable, and not a server that cannot be reached."""
+    with pytest.raises(ConfigurationError, match="OS_AUTH_URL is no http or https URL"):
+        connect(dict.fromkeys(NO_OPENRC, "admin") | {"OS_AUTH_URL": f"{host}/v3"}, 1)
+
+
 def test_the_url_of_another_service_is_refused(node: Node) -> None:
     """An OS_AUTH_URL that leads to Glance, which answers 401 to a search for versions, ends the run."""
     line = refusal(node, 75, {"OS_AUTH_URL": f"{node.cloud.glance}/v2"}, "--timeout", "1")
