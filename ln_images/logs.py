@@ -41,12 +41,13 @@ def set_up(log_file: str | None, verbose: bool, quiet: bool) -> int:
         return 0
     try:
         handler = _File(log_file, maxBytes=2**20, backupCount=5, encoding="utf-8", errors="backslashreplace")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise ConfigurationError(
+            f"--log-file {log_file}: {error.strerror}: name a file in a directory that exists"
+        ) from None
     except OSError as error:
-        fault = ConfigurationError(f"--log-file {log_file}: {error.strerror}: name a file that can be written")
-        if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
-            raise fault from None
-        LOG.error("%s", fault)
-        return fault.exit_status
+        LOG.error("--log-file %s: %s: nothing is logged there", log_file, error.strerror)
+        return ConfigurationError.exit_status
     # It was opened to see that it can be.
     handler.close()
     handler.setLevel(logging.DEBUG if verbose else logging.INFO)

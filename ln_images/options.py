@@ -14,7 +14,10 @@ from ln_images.model import DISK_FORMATS, ConfigurationError
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # What chown(2) takes for "leave it".
 _NO_ID = 2**32 - 1
-_USER_MEND = "name QEMU's user on the compute nodes, or its number: `stat -c %u:%g` of a server's disk there"
+_USER_MEND = (
+    "name the one that QEMU runs as on the compute nodes, or its number; `stat -c %u:%g` of a running server's disk"
+    " tells both"
+)
 
 
 class _Seconds(click.FloatRange):

@@ -27,7 +27,8 @@ _DOWNLOAD_RESTS = 600
 # Verdicts that reports and metrics know again.
 UNKNOWN = Verdict(Outcome.SKIPPED, "Glance does not know it")
 RAW_COPY = Verdict(
-    Outcome.OCCUPIED, "Nova's raw copy has the cache name: set force_raw_images=False on every node (docs/recovery.md)"
+    Outcome.OCCUPIED,
+    "Nova's raw copy has the cache name: set force_raw_images = False on every node, see docs/recovery.md",
 )
 
 IN_FLIGHT = frozenset({"queued", "saving", "uploading", "importing"})

@@ -22,7 +22,10 @@ LOG = logging.getLogger(__name__)
 # States and tasks of a server (nova.api.openstack.common, nova.compute.task_states) in which its disk may
 # be made from another image than the one it names. UNKNOWN is what the API calls a state that it does not know.
 _RESTLESS = frozenset({"RESCUE", "REBUILD", "UNKNOWN"})
-_OLD_NOVA = "Nova is older than 26.0.0, where servers may name another image than their disk's: give --instances-dir"
+_OLD_NOVA = (
+    "Nova is older than 26.0.0, where servers may name another image than their disk's: give --instances-dir with all"
+    " disks"
+)
 # An id may be used again, when Glance has forgotten it: a retired base is then not what is uploaded.
 _COMING = "an image with this id is being uploaded"
 _RESTLESS_TASKS = ("rebuild", "unshelv", "rescu", "resize_finish")
@@ -114,9 +117,14 @@ def restless(servers: Iterable[Server]) -> str:
 
 
 def age(seconds: float) -> str:
-    """A duration in seconds as people say it, in its largest unit, such as ``1.5 d``."""
-    lengths = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    return next((f"{round(seconds / length, 1):g} {unit}" for unit, length in lengths if seconds >= length), "0 s")
+    """A duration in seconds as people say it, in its two largest units, as ``1 d 2 h``."""
+    parts = []
+    rest = max(0, int(seconds))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, length)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
 
 
 def clean_up(

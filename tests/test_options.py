@@ -126,7 +126,7 @@ def test_an_owner_that_does_not_exist_is_named(owner: str, named: str) -> None:
 
 def test_an_unknown_owner_is_looked_for_where_qemu_runs() -> None:
     """The mend names the user that QEMU runs as, and where its number is seen: installing QEMU makes no user qemu."""
-    with pytest.raises(ConfigurationError, match=r"QEMU's user on the compute nodes.*stat -c %u:%g.*disk"):
+    with pytest.raises(ConfigurationError, match=r"QEMU runs as on the compute nodes.*stat -c %u:%g.*disk"):
         read("--owner", "nobody-of-this-name")
 
 

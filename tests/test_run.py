@@ -137,7 +137,7 @@ def test_what_stands_is_asked_and_logged_once(node: Node, tmp_path: Path) -> Non
         ("WARNING", "occupied"),
         ("WARNING", "refused"),
     ]
-    assert "force_raw_images=False" in log.read_text()
+    assert "force_raw_images = False" in log.read_text()
     assert "ln_images_occupied_raw 1.0" in metrics.read_text()
 
 
