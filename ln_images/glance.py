@@ -1,5 +1,6 @@
 """Session -> images."""
 
+import contextlib
 import functools
 import logging
 import re
@@ -67,15 +68,10 @@ class Glance:
         Raises as :meth:`images` does.
         """
         images = self._images
-        with self.connection.asking("Glance") as images.http_client.begin:
-            try:
-                images.get(image_id)
-            except NotFound as error:
-                # Keystone's own, while a token is renewed, says nothing of the image.
-                if not str(error.url).endswith(f"/v2/images/{image_id}"):
-                    raise
-                return True
-        return False
+        with self.connection.asking("Glance") as images.http_client.begin, contextlib.suppress(NotFound):
+            images.get(image_id)
+            return False
+        return True
 
     def _listed(self, at_most: int | None = None, **filters: str) -> dict[str, Image]:
         images = self._images

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import traceback
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -37,6 +36,7 @@ class Connection:
     def __init__(self, session: Session, region: str | None, interface: str | list[str] | None, timeout: float) -> None:
         for scheme in ("http://", "https://"):
             session.session.mount(scheme, _Bounded())
+        _name_keystone(session.auth)
         self.session, self.region, self.interface = session, region, interface
         self._seconds = _REQUESTS * timeout
 
@@ -73,6 +73,20 @@ class Connection:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+
+
+def _name_keystone(auth: Any) -> None:
+    """Lets what goes wrong with a token be Keystone's fault, also where it was renewed while another was asked."""
+    ask = getattr(auth, "get_auth_ref", None)
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return ask(*args, **kwargs)  # type: ignore[misc]
+        except Exception as error:
+            raise _translated("Keystone", error) from None
+
+    if ask is not None:
+        auth.get_auth_ref = asked
 
 
 def connect(environment: Mapping[str, str], timeout: float, os_cloud: str | None = None) -> Connection:
@@ -171,9 +185,6 @@ def _translated(service: str, error: Exception) -> LnImagesError:
     """Our error for one of another library's. What a service says of itself is not repeated: it could be a secret."""
     if isinstance(error, LnImagesError):
         return error
-    # A token may be renewed while another service is asked.
-    if "get_auth_ref" in (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)):
-        service = "Keystone"
     status = getattr(error, "http_status", None)
     said = f"HTTP {status}" if status else type(error).__name__
     if status in (401, 403) or (service == "Keystone" and status in (400, 404)):
