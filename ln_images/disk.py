@@ -107,11 +107,15 @@ class Disk(contextlib.ExitStack):
         with opened(name, self._cache) as descriptor:
             return mark(descriptor, SERVER_MARK)
 
-    def measure(self) -> tuple[int, int, int, int, int]:
-        """Size and free bytes of its file system, the free inodes, and the uid and gid that own the cache directory."""
-        room, status = os.fstatvfs(self._cache), os.fstat(self._cache)
-        size, free = room.f_blocks * room.f_frsize, room.f_bavail * room.f_frsize
-        return size, free, room.f_favail, status.st_uid, status.st_gid
+    def room(self) -> tuple[int, int, int]:
+        """The size of both directories' file system, what is free there, in bytes, and the free inodes."""
+        status = os.fstatvfs(self._cache)
+        return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize, status.f_favail
+
+    def directory(self) -> tuple[int, int]:
+        """The uid and gid that own the cache directory."""
+        status = os.fstat(self._cache)
+        return status.st_uid, status.st_gid
 
     def settle(self, image: Image, options: Options) -> Verdict:
         """Gives one finished image what it needs, or in a dry run says what that would be.

@@ -82,12 +82,12 @@ class Textfile:
         raw = sum(result.verdict == RAW_COPY for result in pass_.results)
         self._set("occupied_raw", "Images whose name Nova's raw copy has.", raw)
         self._set("pass_duration_seconds", "How long the last pass took.", pass_.duration)
-        size, free, free_inodes, uid, gid = pass_.cache
+        size, free, free_inodes = pass_.room
         self._set("cache_size_bytes", "Size of the cache's file system.", size)
         self._set("cache_free_bytes", "Bytes free on the cache's file system.", free)
         self._set("cache_free_inodes", "Inodes free on the cache's file system.", free_inodes)
-        self._set("cache_directory_uid", "Owner of the cache directory.", uid)
-        self._set("cache_directory_gid", "Group of the cache directory.", gid)
+        self._set("cache_directory_uid", "Owner of the cache directory.", pass_.directory[0])
+        self._set("cache_directory_gid", "Group of the cache directory.", pass_.directory[1])
         if self._prune:
             for outcome in _CLEAN_UP:
                 self._set(f"prune_{outcome}", _KEPT, found[outcome])

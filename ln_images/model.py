@@ -140,20 +140,22 @@ class Pass:
 
     ``settled`` are the images that the disk alone shows to be linked as they should be: nothing was asked
     about them. ``held`` are, by kind, how many bases no image stands behind and how many bytes they hold.
-    ``cache`` is the size of the cache's file system and what is free there, in bytes, and the free inodes, as an
-    ordinary user has them, and the uid and gid that own the directory. ``fault`` is why the clean-up could not be made.
+    ``room`` is the size of the cache's file system and what is free there, in bytes, and the free inodes, as an
+    ordinary user has them. ``directory`` is the owner of the cache directory, as uid and gid. ``fault`` is why the
+    clean-up could not be made.
     """
 
     started_at: datetime
     duration: float
     dry_run: bool
     results: Sequence[Result]
-    narrow: bool = False
     settled: Sequence[str] = ()
     held: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    cache: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+    room: tuple[int, int, int] = (0, 0, 0)
+    directory: tuple[int, int] = (0, 0)
     fault: "LnImagesError | None" = None
     audit: "Audit | None" = None
+    narrow: bool = False
 
 
 class Audit(NamedTuple):

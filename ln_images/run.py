@@ -82,12 +82,12 @@ class Passes:
                 except LnImagesError as error:
                     fault = error
             self._remember(results)
-            cache = disk.measure()
-            self._tell_of_directory(cache[-2:], look.downloads)
+            room, directory = disk.room(), disk.directory()
+            self._tell_of_directory(directory, look.downloads)
         self._held = plan.held(look.bases, {} if options.dry_run else cleaned)
         self._told = self._tell(results)
         took, held = time.monotonic() - start, self._held
-        return Pass(started_at, took, options.dry_run, results, False, look.settled, held, cache, fault, read)
+        return Pass(started_at, took, options.dry_run, results, look.settled, held, room, directory, fault, read)
 
     def narrow(self, ids: Collection[str]) -> Pass:
         """Makes a pass for a few images alone, without a look at the rest. Raises as :meth:`whole` does.
@@ -209,7 +209,7 @@ class Passes:
                 LOG.log(level, "%s", report.line(result), extra={"file_only": not is_fault})
         return {result.cache_name: result.verdict for result in standing}
 
-    def _tell_of_directory(self, owner: tuple[int, ...], downloads: Mapping[str, File]) -> None:
+    def _tell_of_directory(self, owner: tuple[int, int], downloads: Mapping[str, File]) -> None:
         leftovers = [file.size for file in downloads.values() if not plan.is_downloading(file, time.time())]
         text = "%s belongs to %d:%d, Nova must be able to write there; leftovers of downloads: %d, %d bytes"
         told = (self._options.cache_dir, *owner, len(leftovers), sum(leftovers))

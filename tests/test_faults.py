@@ -204,7 +204,7 @@ def test_another_owner_of_the_directory_is_told_when_it_changes(node: Node, capl
     passes = passes_of(node, every=1.0)
     for owner in (0, 0, 42436, 42436):
         os.chown(node.cache, owner, owner)
-        assert passes.whole().cache[-2:] == (owner, owner)
+        assert passes.whole().directory == (owner, owner)
     assert [record.getMessage().partition(", ")[0].split()[-1] for record in caplog.records] == ["0:0", "42436:42436"]
 
 

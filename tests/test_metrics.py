@@ -45,7 +45,8 @@ def a_pass(*outcomes: Outcome | Verdict, audit: Audit | None = None) -> Pass:
         results=[Result(Image(str(n), size=10 + n), str(n), verdict) for n, verdict in enumerate(verdicts)],
         settled=["present"],
         held={"orphans": (1, 100), "unmarked": (2, 200), "retired": (3, 300)},
-        cache=(1000, 500, 50, 162, 163),
+        room=(1000, 500, 50),
+        directory=(162, 163),
         audit=audit,
     )
 
