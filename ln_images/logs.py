@@ -26,7 +26,7 @@ def to_stderr() -> None:
     handler.setFormatter(_OneLine("ln-images: %(prefix)s%(message)s"))
     handler.setLevel(logging.WARNING)
     # What stands in the report, or is repeated by each run of cron, is for the file.
-    handler.addFilter(lambda record: not getattr(record, "file_only", False))
+    handler.addFilter(lambda record: not hasattr(record, "file_only"))
     _OURS.handlers[:] = [handler]
 
 

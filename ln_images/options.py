@@ -88,7 +88,11 @@ def _option(usage: str, text: str, **attributes: Any) -> Any:
     names = flags.split(",")
     attributes |= {"metavar": metavar} if metavar else {"is_flag": True}
     attributes.setdefault("envvar", f"LN_IMAGES_{names[-1].strip('-').replace('-', '_').upper()}")
-    return field(metadata={"option": click.Option(names, help=text, show_default=True, **attributes)})
+
+    def option(field_name: str) -> click.Option:
+        return click.Option([*names, field_name], help=text, show_default=True, **attributes)
+
+    return field(metadata={"option": option})
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,4 @@ class Options:
 
 def parameters() -> list[click.Parameter]:
     """The options as click reads them, each into the field of its name."""
-    for one in fields(Options):
-        one.metadata["option"].name = one.name
-    return [one.metadata["option"] for one in fields(Options)]
+    return [one.metadata["option"](one.name) for one in fields(Options)]

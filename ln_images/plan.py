@@ -102,10 +102,11 @@ def judge_image(image: Image, options: Options) -> Verdict | None:
     Only ``active`` is a finished image (Glance, "Image Statuses"). A size of 0 is a volume snapshot,
     which has no data. Nova verifies the signature only of what it downloads (nova.image.glance).
     """
-    if image.status in IN_FLIGHT and is_image_id(image.id):
+    if not is_image_id(image.id):
+        return Verdict(Outcome.SKIPPED, "not an image id")
+    if image.status in IN_FLIGHT:
         return Verdict(Outcome.WAITING, f"status {image.status}")
     reasons = {
-        "not an image id": not is_image_id(image.id),
         f"status {image.status}": image.status != "active",
         f"disk format {image.disk_format or 'unknown'}": image.disk_format not in options.disk_formats,
         "signed: Nova verifies only what it downloads": image.signed,

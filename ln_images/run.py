@@ -132,12 +132,15 @@ class Passes:
         everything = options.full or options.prune or options.verify or len(ids) > LISTING_PAYS
         images = self._glance.images(None if everything else ids)
         here = [*look.settled, *look.unsettled]
-        # An image may have been finished meanwhile.
-        if not here and self._glance.has_active() and not any(map(plan.is_image_id, chain(*disk.sources().values()))):
-            raise ConfigurationError(
-                f"Glance has active images and none of them has a file in {options.images_dir}: is its volume mounted,"
-                " or is --images-dir another?"
-            )
+        if not here:
+            listed = any(image.status == "active" and image.size for image in images.values())
+            active = listed if everything else self._glance.has_active()
+            # One may have been finished meanwhile.
+            if active and not any(map(plan.is_image_id, chain(*disk.sources().values()))):
+                raise ConfigurationError(
+                    f"Glance has active images and none of them has a file in {options.images_dir}: is its volume"
+                    " mounted, or is --images-dir another?"
+                )
         if options.prune and here and images.keys().isdisjoint(here):
             raise ConfigurationError(
                 "Glance knows none of the images whose files are here: the credential is another cloud's, or another"
@@ -181,10 +184,11 @@ class Passes:
     def _remember(self, results: Iterable[Result]) -> None:
         """Keeps for a while what only another file could change: not what may become active, or is in the way."""
         self._judged = {
-            image.id: (self._files[image.id], Result(image, name, verdict))
-            for image, name, verdict in results
-            if verdict.outcome in (Outcome.SKIPPED, Outcome.REFUSED) and image.status in ("active", "")
-            if image.id in self._files
+            result.image.id: (self._files[result.image.id], result)
+            for result in results
+            if result.verdict.outcome in (Outcome.SKIPPED, Outcome.REFUSED)
+            and result.image.status in ("active", "")
+            and result.image.id in self._files
         }
 
     def _tell_of_change(self, result: Result) -> None:
@@ -206,7 +210,7 @@ class Passes:
             if result.verdict != self._told.get(result.cache_name):
                 is_fault = result.verdict.outcome in FAULTS
                 level = logging.ERROR if is_fault else logging.WARNING
-                LOG.log(level, "%s", report.line(result), extra={"file_only": not is_fault})
+                LOG.log(level, "%s", report.line(result), extra=None if is_fault else {"file_only": True})
         return {result.cache_name: result.verdict for result in standing}
 
     def _tell_of_directory(self, owner: tuple[int, int], downloads: Mapping[str, File]) -> None:

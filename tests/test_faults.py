@@ -142,7 +142,7 @@ def test_what_is_odd_is_logged_once_for_as_long_as_it_stands(node: Node, caplog:
     def logged() -> dict[str, tuple[str, bool]]:
         passes.whole()
         found = {
-            record.getMessage().split()[1]: (record.levelname, getattr(record, "file_only", False))
+            record.getMessage().split()[1]: (record.levelname, hasattr(record, "file_only"))
             for record in caplog.records
         }
         caplog.clear()
