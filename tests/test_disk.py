@@ -10,6 +10,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -206,6 +207,27 @@ def test_a_file_that_vanishes_while_it_is_inspected_is_skipped(store: Store, mon
 
     monkeypatch.setattr(inspection, "objection", objection)
     with store.open() as disk:
+        assert disk.settle(IMAGE, OPTIONS) == Verdict(Outcome.SKIPPED, "no file here")
+    assert not store.link.exists()
+
+
+def test_a_file_that_vanishes_between_open_and_link_is_skipped(store: Store) -> None:
+    """A fresh look decides after the open: an image deleted meanwhile is no failure."""
+    with store.open() as disk, disk.opened(ID) as descriptor:
+        store.source.unlink()
+        assert disk._link(descriptor, IMAGE, OPTIONS) == Verdict(Outcome.SKIPPED, "no file here")
+    assert not store.link.exists()
+
+
+def test_a_file_that_vanishes_between_look_and_open_is_skipped(store: Store) -> None:
+    """What was there when it was looked at need not be there when it is opened."""
+
+    class Late(Disk):
+        def opened(self, image_id: str) -> AbstractContextManager[int]:
+            store.source.unlink()
+            return super().opened(image_id)
+
+    with Late(str(store.images), str(store.cache)) as disk:
         assert disk.settle(IMAGE, OPTIONS) == Verdict(Outcome.SKIPPED, "no file here")
     assert not store.link.exists()
 

@@ -305,8 +305,8 @@ def _more_than(count: Callable[[], int], number: int, process: subprocess.Popen[
 @claim
 def two_runs(lab: Lab) -> str:
     """Two runs at once, one on each client, do the work once."""
-    # Each link waits until the other client has let the directory go, for up to half a second.
-    images = lab.cloud.add_many(100)
+    # Each link waits until the other client has let the directory go, for up to two seconds.
+    images = lab.cloud.add_many(200)
     start = time.monotonic()
     other = {
         "LN_IMAGES_IMAGES_DIR": str(lab.there(lab.node.images)),
@@ -324,7 +324,7 @@ def two_runs(lab: Lab) -> str:
     ]
     made, ends = [], []
     for process in processes:
-        output, errors = process.communicate(timeout=300)
+        output, errors = process.communicate(timeout=900)
         hold(process.returncode in {0, 75}, errors)
         ends.append(process.returncode)
         for line in output.splitlines():
