@@ -15,6 +15,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 _CHUNK = 4096
 # Content of every kind here is decided within 256 KiB.
@@ -58,19 +59,12 @@ def objection(descriptor: int, disk_format: str) -> str | None:
 
     ``disk_format`` is Glance's word. The descriptor's offset is neither used nor moved.
     """
-    # Imported here, since only a pass that links something new needs it.
-    from oslo_utils.imageutils import format_inspector
+    # Imported here, as below, since only a pass that links something new needs it.
+    from oslo_utils.imageutils.format_inspector import SafetyCheckFailed
 
     accepted = _CONTENT[disk_format]
     try:
-        # Opened anew, it has an offset of its own.
-        with open(f"/proc/self/fd/{descriptor}", "rb", buffering=0) as file:
-            wrapper = format_inspector.InspectWrapper(file)
-            while wrapper.formats is None and file.tell() < _AT_MOST and wrapper.read(_CHUNK):
-                pass
-            decided = wrapper.formats is not None or file.tell() < _AT_MOST
-            wrapper.close()
-        found = {str(inspector): inspector for inspector in wrapper.formats or ()}
+        found, decided = _inspected(descriptor)
         probed = _probed(os.pread(descriptor, _SECTOR, 0).ljust(_SECTOR, b"\0"))
         names = set(found) if probed is None else found.keys() - {"raw"} | {probed}
         if names not in accepted:
@@ -85,7 +79,7 @@ def objection(descriptor: int, disk_format: str) -> str | None:
             found["iso" if "iso" in found else min(found)].safety_check()
         if disk_format == "qcow2" and _names_data_file(descriptor):
             return "qcow2 with the name of an external data file"
-    except format_inspector.SafetyCheckFailed as error:
+    except SafetyCheckFailed as error:
         faults = (_VIOLATIONS.get(name, f"that fails the check {name}") for name in sorted(error.failures))
         return f"{disk_format} {', '.join(faults)}"
     except OSError:
@@ -94,6 +88,20 @@ def objection(descriptor: int, disk_format: str) -> str | None:
         # The library parses hostile bytes; Nova refuses, too, whatever it stumbles over.
         return f"the content cannot be judged ({type(error).__name__})"
     return None
+
+
+def _inspected(descriptor: int) -> tuple[dict[str, Any], bool]:
+    """The library's inspectors whose format the content has, by its name, and whether that was decided in the end."""
+    from oslo_utils.imageutils.format_inspector import InspectWrapper
+
+    # Opened anew, it has an offset of its own.
+    with open(f"/proc/self/fd/{descriptor}", "rb", buffering=0) as file:
+        wrapper = InspectWrapper(file)
+        while wrapper.formats is None and file.tell() < _AT_MOST and wrapper.read(_CHUNK):
+            pass
+        decided = wrapper.formats is not None or file.tell() < _AT_MOST
+        wrapper.close()
+    return {str(inspector): inspector for inspector in wrapper.formats or ()}, decided
 
 
 def _probed(sector: bytes) -> str | None:
