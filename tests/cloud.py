@@ -336,7 +336,8 @@ class Cloud:
         listener = self._sockets[name]
         self._spawn(
             *("python", "-m", "gunicorn", "--bind", f"fd://{listener.fileno()}"),
-            *("--worker-class", "gthread", "--threads", "16", "--timeout", "120"),
+            # A connection that is closed just when it is used again is reset: after two seconds, that happened.
+            *("--worker-class", "gthread", "--threads", "16", "--timeout", "120", "--keep-alive", "75"),
             *("--access-logfile", f"{self.directory}/{name}-access.log"),
             *("--no-control-socket", "--pythonpath", str(ROOT / "tests"), f"cloud_wsgi:{name}()"),
             log=f"{name}-server.log",
