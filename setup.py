@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
-VERSION = re.findall(r'__version__ = "(.+)"', (HERE / "ln_images" / "__init__.py").read_text(encoding="utf-8"))[0]
+VERSION = re.findall(
+    r'__version__ = "(.+)"', (HERE / "ln_images" / "__init__.py").read_text(encoding="utf-8")
+)[0]
 
 CLOUDS = ["openstacksdk>=1.0.0"]
 METRICS = ["prometheus-client>=0.16.0"]
@@ -45,7 +47,14 @@ setup(
         "clouds": CLOUDS,
         "metrics": METRICS,
         "test": TEST,
-        "dev": [*TEST, "mypy>=1.8", "ruff>=0.6", "types-jsonschema", "types-requests", "types-setuptools"],
+        "dev": [
+            *TEST,
+            "mypy>=1.8",
+            "ruff>=0.6",
+            "types-jsonschema",
+            "types-requests",
+            "types-setuptools",
+        ],
     },
     entry_points={"console_scripts": ["ln-images = ln_images.__main__:start"]},
     classifiers=[

@@ -3,7 +3,8 @@
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path:
-    # `python -m` looks for modules in the current directory first, which others may be able to write.
+    # `python -m` looks for modules in the current directory first, which others may be able to
+    # write.
     del sys.path[0]
 
 import os
@@ -21,7 +22,8 @@ def _interrupt(*_: object) -> None:
 
 
 def _end() -> None:
-    # Nothing of the interpreter's own end may add to the line, and nothing that was half imported is there.
+    # Nothing of the interpreter's own end may add to the line, and nothing that was half imported
+    # is there.
     try:
         os.write(2, b"ln-images: interrupted: what was linked stays, the next run does the rest\n")
     finally:
@@ -48,7 +50,8 @@ def start() -> None:
 
             main(prog_name="ln-images")
         finally:
-            # Python gives up its handlers before it ends, and a signal would kill it without a word.
+            # Python gives up its handlers before it ends, and a signal would kill it without a
+            # word.
             signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     except (Interrupted, KeyboardInterrupt):
         _end()

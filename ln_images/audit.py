@@ -19,7 +19,9 @@ _LINKS = frozenset({Outcome.LINKED, Outcome.REPAIRED, Outcome.PRESENT})
 Progress = Callable[[str, int], Any]
 
 
-def audit(options: Options, glance: Glance, disk: Disk, progress: Progress) -> tuple[Audit, dict[str, Verdict]]:
+def audit(
+    options: Options, glance: Glance, disk: Disk, progress: Progress
+) -> tuple[Audit, dict[str, Verdict]]:
     """What was read of the images that are linked or would be, and the verdict on each that is not right.
 
     Raises as :meth:`ln_images.glance.Glance.images` does.
@@ -31,12 +33,23 @@ def audit(options: Options, glance: Glance, disk: Disk, progress: Progress) -> t
     checkable = [image for image in images if can_digest(image.checksum)]
     total = sum(image.size or 0 for image in checkable)
     with progress("Verifying", total) as bar:
-        verdicts = {image.id: verdict for image in checkable if (verdict := _verify(glance, disk, image, bar.update))}
-    return Audit(len(checkable), len(images) - len(checkable), total, time.monotonic() - start), verdicts
+        verdicts = {
+            image.id: verdict
+            for image in checkable
+            if (verdict := _verify(glance, disk, image, bar.update))
+        }
+    return Audit(
+        len(checkable), len(images) - len(checkable), total, time.monotonic() - start
+    ), verdicts
 
 
-def _verify(glance: Glance, disk: Disk, image: Image, step: Callable[[int], None]) -> Verdict | None:
-    """Why an image is not what was uploaded. What is damaged reads the same twice, and is still the image's."""
+def _verify(
+    glance: Glance, disk: Disk, image: Image, step: Callable[[int], None]
+) -> Verdict | None:
+    """Why an image is not what was uploaded.
+
+    What is damaged reads the same twice, and is still the image's.
+    """
     algorithm, uploaded = image.checksum
     try:
         with disk.opened(image.id) as source:
@@ -54,5 +67,6 @@ def _verify(glance: Glance, disk: Disk, image: Image, step: Callable[[int], None
     if still is None or still.checksum != image.checksum or still.status != "active":
         return None
     return Verdict(
-        Outcome.DAMAGED, f"{algorithm} is {found[:8]}..., Glance says {uploaded[:8]}...: see docs/recovery.md"
+        Outcome.DAMAGED,
+        f"{algorithm} is {found[:8]}..., Glance says {uploaded[:8]}...: see docs/recovery.md",
     )

@@ -15,7 +15,14 @@ import click
 
 from ln_images import __version__, logs, report
 from ln_images.metrics import Textfile
-from ln_images.model import AnotherRunError, ConfigurationError, LnImagesError, Outcome, Pass, TemporaryError
+from ln_images.model import (
+    AnotherRunError,
+    ConfigurationError,
+    LnImagesError,
+    Outcome,
+    Pass,
+    TemporaryError,
+)
 from ln_images.options import Options, parameters
 
 LOG = logging.getLogger(__name__)
@@ -36,14 +43,21 @@ class _Command(click.Command):
         try:
             status = super().main(*args, **kwargs | {"standalone_mode": False})
         except click.ClickException as error:
-            LOG.error("%s: see ln-images --help", error.format_message().rstrip(".").replace("\n", " "))
+            LOG.error(
+                "%s: see ln-images --help", error.format_message().rstrip(".").replace("\n", " ")
+            )
             status = error.exit_code
         except LnImagesError as error:
             LOG.error("%s", error)
             status = error.exit_status
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            LOG.error("a bug, please report it: %r at %s:%s", error, os.path.basename(where.filename), where.lineno)
+            LOG.error(
+                "a bug, please report it: %r at %s:%s",
+                error,
+                os.path.basename(where.filename),
+                where.lineno,
+            )
             status = 1
         sys.exit(status)
 
@@ -53,8 +67,8 @@ class _Command(click.Command):
 def main(**given: Any) -> int:
     """Hard-link finished Glance images into Nova's shared image cache.
 
-    Credentials come from OS_* variables, as in an openrc, or from clouds.yaml. Every option can also
-    be given as LN_IMAGES_<OPTION> in the environment.
+    Credentials come from OS_* variables, as in an openrc, or from clouds.yaml. Every option can
+    also be given as LN_IMAGES_<OPTION> in the environment.
     """
     options = Options(**given)
     status = logs.set_up(options.log_file, options.verbose, options.quiet)
@@ -77,7 +91,9 @@ def main(**given: Any) -> int:
 
 
 class _Run:
-    """The passes of one process, and what is said of them. ``status`` is the most severe of their exit statuses.
+    """The passes of one process, and what is said of them.
+
+    ``status`` is the most severe of their exit statuses.
 
     ``turned_away`` is why there was no pass so far, where another run held the lock.
     """
@@ -94,9 +110,12 @@ class _Run:
             self._textfile = Textfile(options.metrics_file, options.prune)
 
     def make(self, ids: Collection[str] | None) -> Collection[str] | None:
-        """Makes a whole pass, or one for some ``ids``; the ids that are not finished, or None where there was none.
+        """Makes a whole pass, or one for some ``ids``.
 
-        A repeated one waits for a cloud that goes away, and for another run. Raises LnImagesError otherwise.
+        The ids that are not finished, or None where there was none.
+
+        A repeated one waits for a cloud that goes away, and for another run. Raises LnImagesError
+        otherwise.
         """
         try:
             pass_ = self._pass(ids)
@@ -119,7 +138,9 @@ class _Run:
             # A pass for some images cannot tell whether a clean-up would work again.
             self._tell("" if pass_.fault is None else str(pass_.fault))
         self._report(pass_)
-        waiting = {result.image.id for result in pass_.results if result.verdict.outcome is Outcome.WAITING}
+        waiting = {
+            result.image.id for result in pass_.results if result.verdict.outcome is Outcome.WAITING
+        }
         # An image whose file is there and which Glance does not list is about to be.
         return waiting.union(set(ids or ()).difference(result.image.id for result in pass_.results))
 
@@ -131,12 +152,16 @@ class _Run:
         options = self._options
         try:
             if self._passes is None:
-                self._passes = Passes(options, connect(os.environ, options.timeout, options.os_cloud), _progress)
+                self._passes = Passes(
+                    options, connect(os.environ, options.timeout, options.os_cloud), _progress
+                )
             return self._passes.whole() if ids is None else self._passes.narrow(ids)  # type: ignore[no-any-return]
         except OSError as error:
             # What belongs to one image or one entry is its outcome: this is the directory's.
             where = error.filename or options.cache_dir
-            raise TemporaryError(f"{where}: {error.strerror}: look at its file system in the kernel's log") from None
+            raise TemporaryError(
+                f"{where}: {error.strerror}: look at its file system in the kernel's log"
+            ) from None
 
     def _tell(self, fault: str) -> None:
         """Says what keeps passes from being made once when it begins, and once when it has ended."""
@@ -151,7 +176,10 @@ class _Run:
         return status
 
     def _report(self, pass_: Pass) -> None:
-        """What is printed and measured of a pass; of a narrow one only where it changed something."""
+        """What is printed and measured of a pass.
+
+        Of a narrow one only where it changed something.
+        """
         status = self._note(report.exit_status(pass_))
         is_news = report.is_news(pass_)
         if is_news or not (pass_.narrow or self._options.quiet):
@@ -160,7 +188,10 @@ class _Run:
             self._measure(pass_, status)
 
     def _measure(self, pass_: Pass | None, status: int) -> None:
-        """Writes the metrics. A file that cannot be written takes nothing from the pass, and is told once."""
+        """Writes the metrics.
+
+        A file that cannot be written takes nothing from the pass, and is told once.
+        """
         try:
             if self._textfile is not None:
                 self._textfile.write(pass_, status, time.time())
@@ -178,7 +209,10 @@ def _progress(label: str, total: int) -> Any:
 
 
 def _print_report(pass_: Pass, status: int, options: Options) -> None:
-    """The report on standard output. Under ``--quiet`` only JSON. One that cannot be written takes nothing away."""
+    """The report on standard output.
+
+    Under ``--quiet`` only JSON. One that cannot be written takes nothing away.
+    """
     everything = options.verbose or options.full
     try:
         if options.format == "json":
@@ -187,7 +221,10 @@ def _print_report(pass_: Pass, status: int, options: Options) -> None:
             terminal = sys.stdout is not None and sys.stdout.isatty()
             width = shutil.get_terminal_size().columns if terminal else None
             colour = terminal and not os.environ.get("NO_COLOR")
-            lines = [report.table(report.listed(pass_, everything), width, everything, colour), report.summary(pass_)]
+            lines = [
+                report.table(report.listed(pass_, everything), width, everything, colour),
+                report.summary(pass_),
+            ]
             click.echo("\n".join(line for line in lines if line), color=colour)
         if sys.stdout is not None:
             sys.stdout.flush()

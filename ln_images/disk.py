@@ -1,6 +1,9 @@
-"""The two directories: lock, look, link, mend, rename, remove. The only module that changes files there.
+"""The two directories: lock, look, link, mend, rename, remove.
 
-Through descriptors: both directories are opened once, and what was opened and checked is exactly what is linked.
+The only module that changes files there.
+
+Through descriptors: both directories are opened once, and what was opened and checked is exactly
+what is linked.
 """
 
 import contextlib
@@ -13,8 +16,27 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 from ln_images import inspection
-from ln_images.inode import MARK, SERVER_MARK, SIZE_MARK, look_at, mark, mount, opened, project, unmarked
-from ln_images.model import UNMARKABLE, AnotherRunError, Base, ConfigurationError, File, Image, Outcome, Verdict
+from ln_images.inode import (
+    MARK,
+    SERVER_MARK,
+    SIZE_MARK,
+    look_at,
+    mark,
+    mount,
+    opened,
+    project,
+    unmarked,
+)
+from ln_images.model import (
+    UNMARKABLE,
+    AnotherRunError,
+    Base,
+    ConfigurationError,
+    File,
+    Image,
+    Outcome,
+    Verdict,
+)
 from ln_images.options import Options
 from ln_images.plan import DOWNLOADS, RAW_COPY, cache_name, is_downloading, judge_files
 
@@ -27,7 +49,10 @@ class Disk(contextlib.ExitStack):
     """Glance's store and Nova's cache, both open. Use it as a context manager."""
 
     def __init__(self, images_dir: str, cache_dir: str) -> None:
-        """Opens both. Raises ConfigurationError where they cannot be opened or cannot share inodes."""
+        """Opens both.
+
+        Raises ConfigurationError where they cannot be opened or cannot share inodes.
+        """
         super().__init__()
         self._cache_dir = cache_dir
         with contextlib.ExitStack() as opened:
@@ -37,7 +62,9 @@ class Disk(contextlib.ExitStack):
             opened.callback(os.close, self._cache)
             here, there = os.fstat(self._images), os.fstat(self._cache)
             if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
-                raise ConfigurationError(f"--images-dir and --cache-dir are one directory, {cache_dir}: name two")
+                raise ConfigurationError(
+                    f"--images-dir and --cache-dir are one directory, {cache_dir}: name two"
+                )
             # Two mounts of one file system have one st_dev, and link(2) refuses them all the same.
             if here.st_dev != there.st_dev or mount(self._images) != mount(self._cache):
                 raise ConfigurationError(
@@ -48,9 +75,12 @@ class Disk(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def locked(self, seconds: float = 0) -> Iterator[None]:
-        """Holds the cache directory's lock. Raises AnotherRunError where another run holds it for ``seconds``.
+        """Holds the cache directory's lock.
 
-        It is an flock(2) on the directory itself: no lock file in ``_base``, and nothing stale after a crash.
+        Raises AnotherRunError where another run holds it for ``seconds``.
+
+        It is an flock(2) on the directory itself: no lock file in ``_base``, and nothing stale
+        after a crash.
         """
         until = time.monotonic() + seconds
         while True:
@@ -59,7 +89,9 @@ class Disk(contextlib.ExitStack):
                 break
             except BlockingIOError:
                 if time.monotonic() >= until:
-                    raise AnotherRunError(f"another run holds the lock on {self._cache_dir}: let it finish") from None
+                    raise AnotherRunError(
+                        f"another run holds the lock on {self._cache_dir}: let it finish"
+                    ) from None
                 time.sleep(0.05)
         try:
             yield
@@ -89,7 +121,10 @@ class Disk(contextlib.ExitStack):
         with os.scandir(self._cache) as names:
             for name in names:
                 try:
-                    yield name.name, look_at(self._cache, name.name, name.stat(follow_symlinks=False))
+                    yield (
+                        name.name,
+                        look_at(self._cache, name.name, name.stat(follow_symlinks=False)),
+                    )
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -98,7 +133,9 @@ class Disk(contextlib.ExitStack):
     def entry(self, name: str) -> File | None:
         """What has a name in the cache."""
         try:
-            return look_at(self._cache, name, os.stat(name, dir_fd=self._cache, follow_symlinks=False))
+            return look_at(
+                self._cache, name, os.stat(name, dir_fd=self._cache, follow_symlinks=False)
+            )
         except FileNotFoundError:
             return None
 
@@ -120,9 +157,9 @@ class Disk(contextlib.ExitStack):
     def settle(self, image: Image, options: Options) -> Verdict:
         """Gives one finished image what it needs, or in a dry run says what that would be.
 
-        ``image`` is one on which :func:`ln_images.plan.judge_image` left the decision open. A fault of
-        the operating system is the image's ``failed`` verdict. Raises ConfigurationError where no image at all can
-        be linked.
+        ``image`` is one on which :func:`ln_images.plan.judge_image` left the decision open. A fault
+        of the operating system is the image's ``failed`` verdict. Raises ConfigurationError where
+        no image at all can be linked.
         """
         try:
             verdict = self._judge(image, self.source(image.id), options)
@@ -150,9 +187,12 @@ class Disk(contextlib.ExitStack):
             return failure(error)
 
     def carry_out(self, base: Base, verdict: Verdict) -> Verdict:
-        """Retires, restores or removes a base as ``verdict`` says; the verdict, or why it could not be.
+        """Retires, restores or removes a base as ``verdict`` says.
 
-        It must still be exactly what was judged, nothing is replaced, and only what is retired is removed.
+        The verdict, or why it could not be.
+
+        It must still be exactly what was judged, nothing is replaced, and only what is retired is
+        removed.
         """
         old, new = base.name + RETIRED, base.name
         if verdict.outcome is Outcome.RETIRED:
@@ -168,7 +208,9 @@ class Disk(contextlib.ExitStack):
             else:
                 self._rename(old, new)
         except FileExistsError:
-            return Verdict(Outcome.KEPT, f"another file has the name {new}: keep the one that servers need")
+            return Verdict(
+                Outcome.KEPT, f"another file has the name {new}: keep the one that servers need"
+            )
         except OSError as error:
             return failure(error)
         return verdict
@@ -182,7 +224,11 @@ class Disk(contextlib.ExitStack):
         verdict = judge_files(image, source, self.entry(name), options)
         if verdict.outcome is Outcome.LINKED and self._is_downloaded(name):
             return Verdict(Outcome.WAITING, "Nova is downloading it")
-        if verdict.outcome is Outcome.OCCUPIED and image.disk_format == "qcow2" and self._is_raw(name):
+        if (
+            verdict.outcome is Outcome.OCCUPIED
+            and image.disk_format == "qcow2"
+            and self._is_raw(name)
+        ):
             return RAW_COPY
         return verdict
 
@@ -203,7 +249,9 @@ class Disk(contextlib.ExitStack):
         number, inherited = project(self._cache)
         if inherited and project(source)[0] != number:
             text = "which is not the images', and no hard link enters it: put both directories under one, or none"
-            raise ConfigurationError(f"{self._cache_dir} is under a project quota (project {number}), {text}")
+            raise ConfigurationError(
+                f"{self._cache_dir} is under a project quota (project {number}), {text}"
+            )
 
     def _mend(self, source: int, image: Image, options: Options) -> None:
         """Owner, mode and marks of the open inode, each only where it differs."""
@@ -213,14 +261,26 @@ class Disk(contextlib.ExitStack):
         # After the owner, since a change of owner takes bits of the mode away.
         if stat.S_IMODE(os.fstat(source).st_mode) != options.mode:
             os.fchmod(source, options.mode)
-        for kind, value in ((MARK, image.id), (SIZE_MARK, str(status.st_size)), (SERVER_MARK, image.server)):
+        for kind, value in (
+            (MARK, image.id),
+            (SIZE_MARK, str(status.st_size)),
+            (SERVER_MARK, image.server),
+        ):
             if value and mark(source, kind) not in (value, UNMARKABLE):
                 os.setxattr(source, kind, value.encode())
 
     def _link(self, source: int, image: Image, options: Options) -> Verdict:
-        """Gives the open inode its cache name. Nothing is ever replaced: the kernel refuses a name that is taken."""
+        """Gives the open inode its cache name.
+
+        Nothing is ever replaced: the kernel refuses a name that is taken.
+        """
         try:
-            os.link(f"/proc/self/fd/{source}", cache_name(image.id), dst_dir_fd=self._cache, follow_symlinks=True)
+            os.link(
+                f"/proc/self/fd/{source}",
+                cache_name(image.id),
+                dst_dir_fd=self._cache,
+                follow_symlinks=True,
+            )
         except FileExistsError:
             return self._judge(image, unmarked(os.fstat(source)), options)
         except FileNotFoundError:
@@ -232,14 +292,16 @@ class Disk(contextlib.ExitStack):
     def _rename(self, old: str, new: str) -> None:
         """Renames in the cache. Raises FileExistsError where the new name is another file's.
 
-        NFS and CephFS know no rename that replaces nothing (EINVAL): there it is a link and an unlink, and a crash
-        between the two leaves both names, which the next call mends.
+        NFS and CephFS know no rename that replaces nothing (EINVAL): there it is a link and an
+        unlink, and a crash between the two leaves both names, which the next call mends.
         """
         import ctypes
 
         # Python's own rename replaces what has the new name.
         libc = ctypes.CDLL(None, use_errno=True)
-        if not libc.renameat2(self._cache, old.encode(), self._cache, new.encode(), _RENAME_NOREPLACE):
+        if not libc.renameat2(
+            self._cache, old.encode(), self._cache, new.encode(), _RENAME_NOREPLACE
+        ):
             return
         fault = ctypes.get_errno()
         if fault not in (errno.EINVAL, errno.ENOSYS, errno.EEXIST):
@@ -247,7 +309,9 @@ class Disk(contextlib.ExitStack):
         try:
             os.link(old, new, src_dir_fd=self._cache, dst_dir_fd=self._cache, follow_symlinks=False)
         except FileExistsError:
-            here, there = (os.stat(name, dir_fd=self._cache, follow_symlinks=False) for name in (old, new))
+            here, there = (
+                os.stat(name, dir_fd=self._cache, follow_symlinks=False) for name in (old, new)
+            )
             if not os.path.samestat(here, there):
                 raise
         os.unlink(old, dir_fd=self._cache)
@@ -255,7 +319,11 @@ class Disk(contextlib.ExitStack):
 
 def failure(error: OSError) -> Verdict:
     """An image's ``failed`` verdict for a fault of the operating system, with the mend where it is known."""
-    mend = ": run it as root" if error.errno in (errno.EPERM, errno.EACCES) and os.geteuid() != 0 else ""
+    mend = (
+        ": run it as root"
+        if error.errno in (errno.EPERM, errno.EACCES) and os.geteuid() != 0
+        else ""
+    )
     return Verdict(Outcome.FAILED, f"{error.strerror or error}{mend}")
 
 

@@ -23,7 +23,8 @@ PAGE_SIZE = 1000
 IDS_A_REQUEST = 50
 # The property without which Nova verifies nothing (nova.image.glance, cursive.signature_utils).
 _SIGNATURE = "img_signature"
-# The property in which Nova keeps the server that it took a snapshot of (nova.compute.utils.create_image).
+# The property in which Nova keeps the server that it took a snapshot of
+# (nova.compute.utils.create_image).
 _SERVER = "instance_uuid"
 
 
@@ -57,18 +58,24 @@ class Glance:
         return found
 
     def has_active(self) -> bool:
-        """Whether the credential can see an active image with content. Raises as :meth:`images` does."""
+        """Whether the credential can see an active image with content.
+
+        Raises as :meth:`images` does.
+        """
         query = {"status": "active", "size_min": "1"}
         return bool(self._listed(1, **query) or self._listed(1, **query, os_hidden="true"))
 
     def is_gone(self, image_id: str) -> bool:
         """Whether Glance, asked for one image by itself, says that there is none.
 
-        That alone is no proof: to others than an administrator 404 means less, and a gateway that is ill says it, too.
-        Raises as :meth:`images` does.
+        That alone is no proof: to others than an administrator 404 means less, and a gateway that
+        is ill says it, too. Raises as :meth:`images` does.
         """
         images = self._images
-        with self.connection.asking("Glance") as images.http_client.begin, contextlib.suppress(NotFound):
+        with (
+            self.connection.asking("Glance") as images.http_client.begin,
+            contextlib.suppress(NotFound),
+        ):
             images.get(image_id)
             return False
         return True
@@ -78,10 +85,14 @@ class Glance:
         found: dict[str, Image] = {}
         with self.connection.asking("Glance") as images.http_client.begin:
             query = {"visibility": "all"} | filters
-            for document in images.list(page_size=at_most or PAGE_SIZE, limit=at_most, filters=query):
+            for document in images.list(
+                page_size=at_most or PAGE_SIZE, limit=at_most, filters=query
+            ):
                 image = image_of(document)
                 if image.id in found:
-                    raise TemporaryError(f"Glance lists image {image.id} twice in one listing: its paging is broken")
+                    raise TemporaryError(
+                        f"Glance lists image {image.id} twice in one listing: its paging is broken"
+                    )
                 found[image.id] = image
         return found
 
@@ -94,10 +105,15 @@ class Glance:
                 service_type="image", region_name=connection.region, interface=connection.interface
             )
         if endpoint is None:
-            raise ConfigurationError("the token names no image service: check OS_PROJECT_NAME and OS_REGION_NAME")
+            raise ConfigurationError(
+                "the token names no image service: check OS_PROJECT_NAME and OS_REGION_NAME"
+            )
         if not connection.is_administrator():
-            LOG.warning("the credential has no admin role: other projects' private images are not seen")
-        # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version already.
+            LOG.warning(
+                "the credential has no admin role: other projects' private images are not seen"
+            )
+        # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version
+        # already.
         unversioned = re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint)
         return _Images(_Pages(Adapter(connection.session, endpoint_override=unversioned)), None)
 
@@ -109,7 +125,10 @@ class _Images(Controller):  # type: ignore[misc]
 
 
 class _Pages:
-    """Each page has its own time. One that is no list of images, or brings nothing but a next one, is broken."""
+    """Each page has its own time.
+
+    One that is no list of images, or brings nothing but a next one, is broken.
+    """
 
     begin: Callable[[], None]
 
@@ -123,19 +142,25 @@ class _Pages:
         body = answer.json() if "json" in answer.headers.get("Content-Type", "") else None
         if url.startswith("/v2/images?"):
             if not isinstance(body, dict) or not isinstance(body.get("images"), list):
-                raise TemporaryError("Glance answers with something that is no list of images: look at its log")
+                raise TemporaryError(
+                    "Glance answers with something that is no list of images: look at its log"
+                )
             if body.get("next") and not body["images"]:
-                raise TemporaryError("Glance lists a page that brings nothing: its paging is broken")
+                raise TemporaryError(
+                    "Glance lists a page that brings nothing: its paging is broken"
+                )
         return answer, body
 
 
 def image_of(document: Mapping[str, Any]) -> Image:
     """The image in one of Glance's JSON documents.
 
-    A field that is missing or of another type than Glance's API has counts as empty, so that the image
-    is reported and never linked. Raises TemporaryError where there is not even an id.
+    A field that is missing or of another type than Glance's API has counts as empty, so that the
+    image is reported and never linked. Raises TemporaryError where there is not even an id.
     """
-    text = defaultdict(str, {field: value for field, value in document.items() if isinstance(value, str)})
+    text = defaultdict(
+        str, {field: value for field, value in document.items() if isinstance(value, str)}
+    )
     size = document.get("size")
     if "id" not in text:
         raise TemporaryError("Glance lists an image without an id: it answers badly")

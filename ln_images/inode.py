@@ -12,8 +12,8 @@ from ln_images.model import UNMARKABLE, File
 
 # O_NOFOLLOW: a symbolic link is an error. O_NONBLOCK: a FIFO does not hold the run up.
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-# The mark on each inode that was linked: a SHA-1 cannot be turned back into an id. Beside it, the image's size, and of
-# a snapshot the server.
+# The mark on each inode that was linked: a SHA-1 cannot be turned back into an id. Beside it, the
+# image's size, and of a snapshot the server.
 MARK = "user.ln_images.image_id"
 SIZE_MARK = "user.ln_images.size"
 SERVER_MARK = "user.ln_images.server_id"
@@ -38,7 +38,9 @@ def look_at(directory: int, name: str, status: os.stat_result) -> File:
     path = f"/proc/self/fd/{directory}/{name}"
     image_id = mark(path, MARK)
     size = mark(path, SIZE_MARK) if image_id else None
-    return unmarked(status, image_id, int(size) if size and size.isascii() and size.isdecimal() else None)
+    return unmarked(
+        status, image_id, int(size) if size and size.isascii() and size.isdecimal() else None
+    )
 
 
 def mark(file: int | str, name: str) -> str | None:
@@ -53,7 +55,9 @@ def mark(file: int | str, name: str) -> str | None:
         raise
 
 
-def unmarked(status: os.stat_result, mark: str | None = None, marked_size: int | None = None) -> File:
+def unmarked(
+    status: os.stat_result, mark: str | None = None, marked_size: int | None = None
+) -> File:
     """The file of a status, without its marks unless they are given."""
     # Fields by place: by name it takes twice as long, for each entry of each pass.
     return File(*status[:7], status.st_ctime, mark, marked_size)

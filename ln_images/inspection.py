@@ -1,10 +1,11 @@
 """Whether content is what Glance says it is, and safe to hand to QEMU.
 
-Nova asks the first question of every image that it downloads (``nova.virt.images.do_image_deep_inspection``, Nova
-34.0.0), and so does this, with the same library. Nova then has ``qemu-img info`` agree, which this does not run. In its
-place the first sector is probed as QEMU does, where the library takes for raw what QEMU does not, and the name of a
-data file is looked for. Less than a download: the checksum is compared by ``--verify`` alone. Signatures are not
-verified here, so a signed image is left to Nova.
+Nova asks the first question of every image that it downloads
+(``nova.virt.images.do_image_deep_inspection``, Nova 34.0.0), and so does this, with the same
+library. Nova then has ``qemu-img info`` agree, which this does not run. In its place the first
+sector is probed as QEMU does, where the library takes for raw what QEMU does not, and the name of a
+data file is looked for. Less than a download: the checksum is compared by ``--verify`` alone.
+Signatures are not verified here, so a signed image is left to Nova.
 """
 
 import concurrent.futures
@@ -22,13 +23,14 @@ _CHUNK = 4096
 _AT_MOST = 512 * 1024
 _SECTOR = 512
 QCOW2 = b"QFI\xfb"
-# docs/interop/qcow2.txt of QEMU: where the length of the header is, and the type of the extension that names a file.
+# docs/interop/qcow2.txt of QEMU: where the length of the header is, and the type of the extension
+# that names a file.
 _HEADER_LENGTH, _DATA_FILE = 100, 0x44415441
 _READ_BYTES = 4 * 1024 * 1024
 
-# What content may be found under each disk format. Raw disks may carry a partition table, hybrid ISOs
-# too, and QEMU reads kernels and ramdisks as raw. For every other format QEMU would have to convert a copy; and a
-# VMDK names other files in ways that no check here sees.
+# What content may be found under each disk format. Raw disks may carry a partition table, hybrid
+# ISOs too, and QEMU reads kernels and ramdisks as raw. For every other format QEMU would have to
+# convert a copy; and a VMDK names other files in ways that no check here sees.
 _CONTENT: dict[str, tuple[set[str], ...]] = {
     **dict.fromkeys(("raw", "ami", "ari", "aki"), ({"raw"}, {"gpt"})),
     "iso": ({"iso"}, {"iso", "gpt"}),
@@ -69,18 +71,23 @@ def objection(descriptor: int, disk_format: str) -> str | None:
         names = set(found) if probed is None else found.keys() - {"raw"} | {probed}
         if names not in accepted:
             mend = "upload it again as what it is, and delete this one"
-            return f"the content is {' and '.join(sorted(names))}, Glance says {disk_format}: {mend}"
+            return (
+                f"the content is {' and '.join(sorted(names))}, Glance says {disk_format}: {mend}"
+            )
         if probed is not None and probed not in found:
             return f"{disk_format} of a kind that cannot be checked"
         if not decided:
             return f"{disk_format} that cannot be judged by its first {_AT_MOST} bytes"
-        # A hybrid ISO is judged as an ISO. The code of a kernel lies where a disk has its partition table.
+        # A hybrid ISO is judged as an ISO. The code of a kernel lies where a disk has its partition
+        # table.
         if not (disk_format in _NO_DISKS and names == {"gpt"}):
             found["iso" if "iso" in found else min(found)].safety_check()
         if disk_format == "qcow2" and _names_data_file(descriptor):
             return "qcow2 with the name of an external data file"
     except SafetyCheckFailed as error:
-        faults = (_VIOLATIONS.get(name, f"that fails the check {name}") for name in sorted(error.failures))
+        faults = (
+            _VIOLATIONS.get(name, f"that fails the check {name}") for name in sorted(error.failures)
+        )
         return f"{disk_format} {', '.join(faults)}"
     except OSError:
         raise
@@ -107,18 +114,21 @@ def _inspected(descriptor: int) -> tuple[dict[str, Any], bool]:
 def _probed(sector: bytes) -> str | None:
     """What QEMU takes a file for by its first sector, where it knows more than the library.
 
-    Nova has ``qemu-img info`` agree with its own check after a download, and so must this: QEMU opens what it
-    believes to see, and a VMDK can name any file of the host (QEMU, ``vmdk_probe`` and its like in ``block/``).
+    Nova has ``qemu-img info`` agree with its own check after a download, and so must this: QEMU
+    opens what it believes to see, and a VMDK can name any file of the host (QEMU, ``vmdk_probe``
+    and its like in ``block/``).
     """
     found = _MAGIC.match(sector)
     return found and found.lastgroup
 
 
 def _names_data_file(descriptor: int) -> bool:
-    """Whether the header of a qcow2 disk names a data file. Nova refuses the name also without its feature bit.
+    """Whether the header of a qcow2 disk names a data file.
 
-    The extensions stand between the header and the end of the first cluster. Raises ValueError where they do not
-    fit, which QEMU does not open either (QEMU, ``qcow2_read_extensions``).
+    Nova refuses the name also without its feature bit.
+
+    The extensions stand between the header and the end of the first cluster. Raises ValueError
+    where they do not fit, which QEMU does not open either (QEMU, ``qcow2_read_extensions``).
     """
     header = os.pread(descriptor, _HEADER_LENGTH + 4, 0).ljust(_HEADER_LENGTH + 4, b"\0")
     version, bits = struct.unpack_from(">4xI12xI", header)
@@ -139,7 +149,10 @@ def can_digest(checksum: tuple[str, str]) -> bool:
     """Whether there is a digest to compare with, of an algorithm that hashlib has and of that one's length."""
     algorithm, value = checksum
     try:
-        return bool(value) and len(value) == 2 * hashlib.new(algorithm, usedforsecurity=False).digest_size
+        return (
+            bool(value)
+            and len(value) == 2 * hashlib.new(algorithm, usedforsecurity=False).digest_size
+        )
     except (TypeError, ValueError):
         return False
 

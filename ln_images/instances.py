@@ -23,9 +23,9 @@ _OPEN = re.compile(rb'superblock: "[0-9a-f]+:[0-9a-f]+:(\d+)"')
 class Disks:
     """What the disks below Nova's instance directories say.
 
-    ``backed`` has the path of a disk by each cache name that its header names; ``servers`` are the ids of those
-    whose root disk is there and all of whose disks were read. ``doubt`` is why something may be backed by any base,
-    or nothing.
+    ``backed`` has the path of a disk by each cache name that its header names; ``servers`` are the
+    ids of those whose root disk is there and all of whose disks were read. ``doubt`` is why
+    something may be backed by any base, or nothing.
     """
 
     backed: dict[str, str] = field(default_factory=dict)
@@ -34,7 +34,10 @@ class Disks:
 
 
 def read_disks(directories: Iterable[str]) -> Disks:
-    """Reads the disks of every server, ``<directory>/<server>/disk*``. A symbolic link is not followed but a doubt."""
+    """Reads the disks of every server, ``<directory>/<server>/disk*``.
+
+    A symbolic link is not followed but a doubt.
+    """
     disks = Disks()
     for directory in directories:
         errors: list[OSError] = []
@@ -45,14 +48,18 @@ def read_disks(directories: Iterable[str]) -> Disks:
         if errors:
             disks.doubt = f"{directory}: {errors[0].filename} cannot be read: {errors[0].strerror}"
         elif not seen:
-            disks.doubt = f"--instances-dir {directory} has no directory of a server: mount its file system"
+            disks.doubt = (
+                f"--instances-dir {directory} has no directory of a server: mount its file system"
+            )
     return disks
 
 
 def _read_directory(directory: str, disks: Disks, errors: list[OSError]) -> bool:
     """Notes what the disks of its servers say; whether it has a server at all."""
     seen = False
-    for number, (path, servers, files, descriptor) in enumerate(os.fwalk(directory, onerror=errors.append)):
+    for number, (path, servers, files, descriptor) in enumerate(
+        os.fwalk(directory, onerror=errors.append)
+    ):
         if number == 0:
             for name in (*servers, *files):
                 if stat.S_ISLNK(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
@@ -89,8 +96,8 @@ def _read_disk(directory: int, path: str, name: str, disks: Disks) -> bool:
 def _backing_file(descriptor: int) -> bytes:
     """What a qcow2 disk names as its backing file; nothing where it has none, or is no qcow2 disk.
 
-    Raises struct.error where the header is cut short, and ValueError where it says what cannot be (QEMU,
-    ``docs/interop/qcow2.txt``).
+    Raises struct.error where the header is cut short, and ValueError where it says what cannot be
+    (QEMU, ``docs/interop/qcow2.txt``).
     """
     header = os.pread(descriptor, 20, 0)
     if not header.startswith(QCOW2):
@@ -105,13 +112,17 @@ def _backing_file(descriptor: int) -> bytes:
 
 
 def open_inodes(server: str = "/proc/fs/nfsd") -> frozenset[int]:
-    """The inodes that clients of this machine's kernel NFS server hold open; none where it serves none.
+    """The inodes that clients of this machine's kernel NFS server hold open.
 
-    It lists them by device and inode since Linux 5.3 (fs/nfsd/nfs4state.c). On btrfs the device there is not
-    ``st_dev``, so only the inode counts: one of another file system keeps a base that it need not.
+    None where it serves none.
 
-    Raises ConfigurationError where there is such a server and this cannot be told, and TemporaryError where it was
-    just started: until the grace period is over, clients say again what they had open before.
+    It lists them by device and inode since Linux 5.3 (fs/nfsd/nfs4state.c). On btrfs the device
+    there is not ``st_dev``, so only the inode counts: one of another file system keeps a base that
+    it need not.
+
+    Raises ConfigurationError where there is such a server and this cannot be told, and
+    TemporaryError where it was just started: until the grace period is over, clients say again what
+    they had open before.
     """
     found: set[int] = set()
     path = server
@@ -132,12 +143,17 @@ def open_inodes(server: str = "/proc/fs/nfsd") -> frozenset[int]:
         return frozenset()
     except OSError as error:
         where = error.filename or path
-        raise ConfigurationError(f"{where}: {error.strerror}: what NFS clients hold open cannot be told") from None
+        raise ConfigurationError(
+            f"{where}: {error.strerror}: what NFS clients hold open cannot be told"
+        ) from None
     return frozenset(found)
 
 
 def _refuse_grace(server: str) -> None:
-    if Path(server, "v4_end_grace").read_bytes() != b"Y\n" or Path(server, "threads").read_bytes() == b"0\n":
+    if (
+        Path(server, "v4_end_grace").read_bytes() != b"Y\n"
+        or Path(server, "threads").read_bytes() == b"0\n"
+    ):
         raise TemporaryError(
             "the NFS server here is stopped or was just started, and its clients have yet to say what they hold"
             f" open: nothing is pruned until its grace period is over, or {server}, if it is not used, unmounted"

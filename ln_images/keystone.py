@@ -1,4 +1,7 @@
-"""Environment -> session. How a failure of any service becomes one of our errors, and how long one may take."""
+"""Environment -> session.
+
+How a failure of any service becomes one of our errors, and how long one may take.
+"""
 
 import contextlib
 import os
@@ -17,11 +20,14 @@ from ln_images.model import ConfigurationError, LnImagesError, TemporaryError
 
 _CLIENT: dict[str, Any] = {"app_name": "ln-images", "app_version": __version__}
 _LINE = 200
-# Several requests may make one question, such as the search for Keystone's version before the token.
+# Several requests may make one question, such as the search for Keystone's version before the
+# token.
 _REQUESTS = 2
 _BODY_BYTES = 64 * 1024 * 1024
 _BUSY = (429, 503)
-_PLAIN_HTTP = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|record layer failure|wrong version number")
+_PLAIN_HTTP = re.compile(
+    "WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|record layer failure|wrong version number"
+)
 # An application credential carries its scope; Keystone refuses one that is given beside it.
 _SCOPE = re.compile(r"system_scope|trust_id|(project|domain|project_domain)_(id|name)")
 
@@ -29,11 +35,17 @@ _SCOPE = re.compile(r"system_scope|trust_id|(project|domain|project_domain)_(id|
 class Connection:
     """An authenticated session, and what chooses the endpoints from its catalog.
 
-    ``region`` and ``interface`` are as ``OS_REGION_NAME`` and ``OS_INTERFACE``. ``timeout`` is in seconds, for one
-    request.
+    ``region`` and ``interface`` are as ``OS_REGION_NAME`` and ``OS_INTERFACE``. ``timeout`` is in
+    seconds, for one request.
     """
 
-    def __init__(self, session: Session, region: str | None, interface: str | list[str] | None, timeout: float) -> None:
+    def __init__(
+        self,
+        session: Session,
+        region: str | None,
+        interface: str | list[str] | None,
+        timeout: float,
+    ) -> None:
         for scheme in ("http://", "https://"):
             session.session.mount(scheme, _Bounded())
         _name_keystone(session.auth)
@@ -41,10 +53,15 @@ class Connection:
         self._seconds = _REQUESTS * timeout
 
     def is_administrator(self) -> bool:
-        """Glance shows every project's images only to the role ``admin`` (its default policy). Raises LnImagesError."""
+        """Glance shows every project's images only to the role ``admin`` (its default policy).
+
+        Raises LnImagesError.
+        """
         get_access = getattr(self.session.auth, "get_access", None)
         with self.asking("Keystone"):
-            return get_access is None or "admin" in (role.lower() for role in get_access(self.session).role_names)
+            return get_access is None or "admin" in (
+                role.lower() for role in get_access(self.session).role_names
+            )
 
     @contextlib.contextmanager
     def asking(self, service: str) -> Iterator[Callable[[], None]]:
@@ -58,7 +75,9 @@ class Connection:
 
         def late(*_: object) -> None:
             within = f"within {self._seconds:g} s"
-            raise TemporaryError(f"{service} has not answered whole {within}: look at its log and the network")
+            raise TemporaryError(
+                f"{service} has not answered whole {within}: look at its log and the network"
+            )
 
         def begin() -> None:
             # Again every second, should a library swallow the first.
@@ -89,7 +108,9 @@ def _name_keystone(auth: Any) -> None:
         auth.get_auth_ref = asked
 
 
-def connect(environment: Mapping[str, str], timeout: float, os_cloud: str | None = None) -> Connection:
+def connect(
+    environment: Mapping[str, str], timeout: float, os_cloud: str | None = None
+) -> Connection:
     """The connection of an openrc's ``OS_*`` variables, or of the ``clouds.yaml`` entry ``os_cloud``.
 
     Nothing is sent yet. ``timeout`` is in seconds, for each HTTP request. Raises ConfigurationError
@@ -115,9 +136,16 @@ def _connect_by_name(os_cloud: str, timeout: float) -> Connection:
         ) from None
     try:
         region = config.OpenStackConfig(**_CLIENT).get_one(cloud=os_cloud, api_timeout=timeout)
-        return Connection(region.get_session(), region.get_region_name("image"), region.get_interface("image"), timeout)
+        return Connection(
+            region.get_session(),
+            region.get_region_name("image"),
+            region.get_interface("image"),
+            timeout,
+        )
     except Exception as error:
-        raise ConfigurationError(f"--os-cloud {os_cloud}: {_line(error)}: check its entry in clouds.yaml") from None
+        raise ConfigurationError(
+            f"--os-cloud {os_cloud}: {_line(error)}: check its entry in clouds.yaml"
+        ) from None
 
 
 def _auth(given: Mapping[str, str]) -> Any:
@@ -127,7 +155,9 @@ def _auth(given: Mapping[str, str]) -> Any:
         loader: Any = loading.get_plugin_loader(auth_type)
     except exceptions.NoMatchingPlugin:
         known = ", ".join(sorted(loading.get_available_plugin_names()))
-        raise ConfigurationError(f"OS_AUTH_TYPE={auth_type} is no auth plugin known here: use one of {known}") from None
+        raise ConfigurationError(
+            f"OS_AUTH_TYPE={auth_type} is no auth plugin known here: use one of {known}"
+        ) from None
     scoped = auth_type == "v3applicationcredential"
 
     def value(option: Opt) -> Any:
@@ -140,13 +170,17 @@ def _auth(given: Mapping[str, str]) -> Any:
     options = {option.dest: option for option in loader.get_options()}
     missing = _missing({dest: value(option) for dest, option in options.items()}, options)
     if missing:
-        raise ConfigurationError(f"{' and '.join(missing)} not set: `source admin-openrc` first, or give --os-cloud")
+        raise ConfigurationError(
+            f"{' and '.join(missing)} not set: `source admin-openrc` first, or give --os-cloud"
+        )
     if "auth_url" in options and not _is_url(str(value(options["auth_url"]))):
         raise ConfigurationError("OS_AUTH_URL is no http or https URL: correct it in your openrc")
     try:
         return loader.load_from_options_getter(value)
     except Exception as error:
-        raise ConfigurationError(f"OS_AUTH_TYPE={auth_type}: {_line(error)}: check your openrc") from None
+        raise ConfigurationError(
+            f"OS_AUTH_TYPE={auth_type}: {_line(error)}: check your openrc"
+        ) from None
 
 
 def _is_url(text: str) -> bool:
@@ -160,7 +194,9 @@ def _missing(values: Mapping[str, Any], options: Mapping[str, Opt]) -> list[str]
     """The variables without which the plugin would fail late, or with no word of what is missing."""
     default_domain = ("default_domain_name", "default_domain_id")
     needed: list[tuple[str, ...]] = [
-        (dest,) for dest, option in options.items() if option.required or option.prompt or dest == "token"
+        (dest,)
+        for dest, option in options.items()
+        if option.required or option.prompt or dest == "token"
     ]
     if "user_id" in options and any(option.prompt for option in options.values()):
         needed.append(("username", "user_id"))
@@ -170,7 +206,9 @@ def _missing(values: Mapping[str, Any], options: Mapping[str, Opt]) -> list[str]
         needed.append(("user_domain_name", "user_domain_id", *default_domain))
     if "project_domain_id" in options and values.get("project_name"):
         needed.append(("project_domain_name", "project_domain_id", *default_domain))
-    return [f"OS_{names[0].upper()}" for names in needed if not any(values.get(name) for name in names)]
+    return [
+        f"OS_{names[0].upper()}" for names in needed if not any(values.get(name) for name in names)
+    ]
 
 
 def _file(given: Mapping[str, str], variable: str) -> str | None:
@@ -182,7 +220,10 @@ def _file(given: Mapping[str, str], variable: str) -> str | None:
 
 
 def _translated(service: str, error: Exception) -> LnImagesError:
-    """Our error for one of another library's. What a service says of itself is not repeated: it could be a secret."""
+    """Our error for one of another library's.
+
+    What a service says of itself is not repeated: it could be a secret.
+    """
     if isinstance(error, LnImagesError):
         return error
     status = getattr(error, "http_status", None)
@@ -196,21 +237,34 @@ def _translated(service: str, error: Exception) -> LnImagesError:
         )
     if isinstance(error, exceptions.SSLError) or isinstance(error.__context__, exceptions.SSLError):
         if _PLAIN_HTTP.search(str(error)):
-            return ConfigurationError(f"{service} speaks http, not https: correct OS_AUTH_URL or the catalog")
-        return ConfigurationError(f"{service}: {_line(error)}: set OS_CACERT to the CA that signed it")
+            return ConfigurationError(
+                f"{service} speaks http, not https: correct OS_AUTH_URL or the catalog"
+            )
+        return ConfigurationError(
+            f"{service}: {_line(error)}: set OS_CACERT to the CA that signed it"
+        )
     if service == "Keystone" and type(error) is Exception:
         return ConfigurationError(
             "the credentials lack something, such as a password: check clouds.yaml or your openrc"
         )
     if isinstance(error, _AnswerError):
-        return TemporaryError(f"{service} cannot be asked: {error}: look at its log, the next pass asks again")
-    if isinstance(error, (exceptions.ConnectFailure, exceptions.ConnectTimeout, exceptions.DiscoveryFailure)):
+        return TemporaryError(
+            f"{service} cannot be asked: {error}: look at its log, the next pass asks again"
+        )
+    if isinstance(
+        error, (exceptions.ConnectFailure, exceptions.ConnectTimeout, exceptions.DiscoveryFailure)
+    ):
         said = f"{said}: {_line(error)}"
-    return TemporaryError(f"{service} cannot be asked: {said}: if it is not down, check OS_AUTH_URL and the catalog")
+    return TemporaryError(
+        f"{service} cannot be asked: {said}: if it is not down, check OS_AUTH_URL and the catalog"
+    )
 
 
 def _line(error: Exception) -> str:
-    """What an exception says, as one line without the password that a URL may hold; of a long one, the cause."""
+    """What an exception says, as one line without the password that a URL may hold.
+
+    Of a long one, the cause.
+    """
     text = re.sub(r"//[^/]*@", "//", " ".join(str(error).split())).rstrip(".")
     causes = re.findall(r"\[(?:Errno -?\d+|SSL: \w+)\] ([^\[\]'\"()]+)", text)
     if causes:

@@ -15,7 +15,10 @@ LOG = logging.getLogger(__name__)
 
 
 def to_stderr() -> None:
-    """Sends warnings and errors to standard error. What other libraries log and warn of goes nowhere."""
+    """Sends warnings and errors to standard error.
+
+    What other libraries log and warn of goes nowhere.
+    """
     # A standard error that cannot be written is no reason for a traceback, nor to stop linking.
     logging.raiseExceptions = False
     logging.captureWarnings(True)
@@ -33,14 +36,17 @@ def to_stderr() -> None:
 def set_up(log_file: str | None, verbose: bool, quiet: bool) -> int:
     """Says more or less on standard error, and everything that changes in ``log_file``.
 
-    Returns 2 where the file cannot be opened now, and 0 otherwise. Raises ConfigurationError where it never can.
+    Returns 2 where the file cannot be opened now, and 0 otherwise. Raises ConfigurationError where
+    it never can.
     """
     if verbose or quiet:
         _OURS.handlers[0].setLevel(logging.ERROR if quiet else logging.DEBUG)
     if log_file is None:
         return 0
     try:
-        handler = _File(log_file, maxBytes=2**20, backupCount=5, encoding="utf-8", errors="backslashreplace")
+        handler = _File(
+            log_file, maxBytes=2**20, backupCount=5, encoding="utf-8", errors="backslashreplace"
+        )
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ConfigurationError(
             f"--log-file {log_file}: {error.strerror}: name a file in a directory that exists"
@@ -66,12 +72,21 @@ class _OneLine(logging.Formatter):
 
 
 class _File(logging.handlers.RotatingFileHandler):
-    """For root alone, since it has the names of private images. A fault of it is told once, on standard error."""
+    """For root alone, since it has the names of private images.
+
+    A fault of it is told once, on standard error.
+    """
 
     told = False
 
     def _open(self) -> Any:
-        return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_private)
+        return open(
+            self.baseFilename,
+            self.mode,
+            encoding=self.encoding,
+            errors=self.errors,
+            opener=_private,
+        )
 
     def emit(self, record: logging.LogRecord) -> None:
         # Opened anew for each line: another run, or logrotate, may give the file another name.
@@ -82,7 +97,9 @@ class _File(logging.handlers.RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802
         if not self.told:
             self.told = True
-            LOG.error("--log-file %s: %s: nothing is logged there", self.baseFilename, sys.exc_info()[1])
+            LOG.error(
+                "--log-file %s: %s: nothing is logged there", self.baseFilename, sys.exc_info()[1]
+            )
 
 
 def _private(path: str, flags: int) -> int:

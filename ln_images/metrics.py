@@ -34,9 +34,10 @@ class Textfile:
     def write(self, pass_: Pass | None, status: int, now: float) -> None:
         """Tells of a pass that ended with exit ``status`` at ``now``, in seconds since the epoch.
 
-        ``pass_`` is None where it could not be made. Of a narrow one, what it changed is added to the last whole one's.
-        The time of the last success is kept across passes that could not be made, and is 0 where there never was one.
-        Raises ConfigurationError where the file cannot be written.
+        ``pass_`` is None where it could not be made. Of a narrow one, what it changed is added to
+        the last whole one's. The time of the last success is kept across passes that could not be
+        made, and is 0 where there never was one. Raises ConfigurationError where the file cannot be
+        written.
         """
         if pass_ is not None and pass_.narrow:
             if "images" in self._gauges:
@@ -59,11 +60,15 @@ class Textfile:
 
     def _set(self, name: str, text: str, value: float, **labels: str) -> None:
         if name not in self._gauges:
-            self._gauges[name] = self._client.Gauge(_PREFIX + name, text, labels, registry=self._registry)
+            self._gauges[name] = self._client.Gauge(
+                _PREFIX + name, text, labels, registry=self._registry
+            )
         gauge = self._gauges[name]
         (gauge.labels(**labels) if labels else gauge).set(value)
 
-    def _set_times(self, prefix: str, what: str, status: int, now: float, before: Mapping[str, float]) -> None:
+    def _set_times(
+        self, prefix: str, what: str, status: int, now: float, before: Mapping[str, float]
+    ) -> None:
         success = f"{prefix}last_success_timestamp_seconds"
         since = now if status == 0 else before.get(success, 0)
         self._set(f"{prefix}exit_status", f"Exit status of {what}.", status)
@@ -78,7 +83,11 @@ class Textfile:
             self._set("held", "Bases in the cache that no image stands behind.", count, kind=kind)
             self._set("held_bytes", "Bytes that such bases hold.", size, kind=kind)
         self._set("unknown_files", "Files in the store that Glance does not know.", len(unknown))
-        self._set("unknown_bytes", "Bytes of the files in the store that Glance does not know.", sum(unknown))
+        self._set(
+            "unknown_bytes",
+            "Bytes of the files in the store that Glance does not know.",
+            sum(unknown),
+        )
         raw = sum(result.verdict == RAW_COPY for result in pass_.results)
         self._set("occupied_raw", "Images whose name Nova's raw copy has.", raw)
         self._set("pass_duration_seconds", "How long the last pass took.", pass_.duration)
@@ -108,7 +117,8 @@ class Textfile:
         return found
 
     def _save(self) -> None:
-        # Written beside and renamed, and readable by the collector's user, whatever umask cron gives.
+        # Written beside and renamed, and readable by the collector's user, whatever umask cron
+        # gives.
         umask = os.umask(0o022)
         try:
             self._client.write_to_textfile(self._path, self._registry)

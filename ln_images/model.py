@@ -25,7 +25,9 @@ class Outcome(StrEnum):
     KEPT = "kept"
 
 
-CHANGES = frozenset({Outcome.LINKED, Outcome.REPAIRED, Outcome.RESTORED, Outcome.RETIRED, Outcome.PRUNED})
+CHANGES = frozenset(
+    {Outcome.LINKED, Outcome.REPAIRED, Outcome.RESTORED, Outcome.RETIRED, Outcome.PRUNED}
+)
 FAULTS = frozenset({Outcome.FAILED, Outcome.DAMAGED})
 
 
@@ -37,8 +39,9 @@ DISK_FORMATS = ("raw", "iso", "ami", "ari", "aki", "qcow2")
 class Image:
     """One image as Glance tells of it. ``size`` is in bytes, and None where Glance gives none.
 
-    ``checksum`` is an algorithm's name and the digest of what was uploaded, or nothing of either. ``signed``:
-    its owner wants Nova to verify a signature. ``server`` is the id of the server that it is a snapshot of, or "".
+    ``checksum`` is an algorithm's name and the digest of what was uploaded, or nothing of either.
+    ``signed``: its owner wants Nova to verify a signature. ``server`` is the id of the server that
+    it is a snapshot of, or "".
     """
 
     id: str
@@ -59,9 +62,10 @@ UNMARKABLE = ""
 class File(NamedTuple):
     """What one name in a directory stands for, never followed.
 
-    Up to ``size`` in the order of ``os.stat_result``. ``mode`` is the whole ``st_mode``, type included; ``size`` is in
-    bytes; ``changed`` is the ctime, in seconds since the epoch. ``mark`` is the image id that this tool left on the
-    inode, and ``marked_size`` the size that the image had then, in bytes: both None where there is none.
+    Up to ``size`` in the order of ``os.stat_result``. ``mode`` is the whole ``st_mode``, type
+    included; ``size`` is in bytes; ``changed`` is the ctime, in seconds since the epoch. ``mark``
+    is the image id that this tool left on the inode, and ``marked_size`` the size that the image
+    had then, in bytes: both None where there is none.
     """
 
     mode: int
@@ -83,8 +87,8 @@ class File(NamedTuple):
 class Base(NamedTuple):
     """A file in the cache that no image in the store stands behind.
 
-    ``name`` is the SHA-1 under which Nova looks for it, also where it is ``retired`` and has another name now.
-    ``image_id`` is "" where its image cannot be known.
+    ``name`` is the SHA-1 under which Nova looks for it, also where it is ``retired`` and has
+    another name now. ``image_id`` is "" where its image cannot be known.
     """
 
     name: str
@@ -103,9 +107,10 @@ class Verdict(NamedTuple):
 class Look(NamedTuple):
     """What the two directories alone tell.
 
-    ``settled`` are the ids that are linked as they should be, and ``unsettled`` the others that have a file.
-    ``bases`` are what no image in the store stands behind, ``downloads`` Nova's unfinished files, and ``broken``
-    the entries of the cache that cannot be looked at, with their verdicts.
+    ``settled`` are the ids that are linked as they should be, and ``unsettled`` the others that
+    have a file. ``bases`` are what no image in the store stands behind, ``downloads`` Nova's
+    unfinished files, and ``broken`` the entries of the cache that cannot be looked at, with their
+    verdicts.
     """
 
     settled: Sequence[str]
@@ -116,7 +121,10 @@ class Look(NamedTuple):
 
 
 class Server(NamedTuple):
-    """One server as Nova tells of it. ``uses`` are the ids, as spelt there, of its image, kernel and ramdisk."""
+    """One server as Nova tells of it.
+
+    ``uses`` are the ids, as spelt there, of its image, kernel and ramdisk.
+    """
 
     id: str
     status: str
@@ -127,7 +135,10 @@ class Server(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of one image, or of one base, whose image may not be known: then it is one without an id."""
+    """What became of one image, or of one base, whose image may not be known.
+
+    Then it is one without an id.
+    """
 
     image: Image
     cache_name: str
@@ -138,11 +149,11 @@ class Result(NamedTuple):
 class Pass:
     """One pass, or a ``narrow`` one for some images alone. ``duration`` is in seconds.
 
-    ``settled`` are the images that the disk alone shows to be linked as they should be: nothing was asked
-    about them. ``held`` are, by kind, how many bases no image stands behind and how many bytes they hold.
-    ``room`` is the size of the cache's file system and what is free there, in bytes, and the free inodes, as an
-    ordinary user has them. ``directory`` is the owner of the cache directory, as uid and gid. ``fault`` is why the
-    clean-up could not be made.
+    ``settled`` are the images that the disk alone shows to be linked as they should be: nothing was
+    asked about them. ``held`` are, by kind, how many bases no image stands behind and how many
+    bytes they hold. ``room`` is the size of the cache's file system and what is free there, in
+    bytes, and the free inodes, as an ordinary user has them. ``directory`` is the owner of the
+    cache directory, as uid and gid. ``fault`` is why the clean-up could not be made.
     """
 
     started_at: datetime

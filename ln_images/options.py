@@ -46,7 +46,9 @@ def _disk_format(value: str) -> str:
 def _duration(value: str) -> int:
     found = re.fullmatch(r"([0-9]{1,9})([smhd])", value)
     if found is None:
-        raise click.BadParameter(f"{value!r} is not a duration with its unit, such as 90s, 30m, 24h or 7d")
+        raise click.BadParameter(
+            f"{value!r} is not a duration with its unit, such as 90s, 30m, 24h or 7d"
+        )
     return int(found[1]) * _UNITS[found[2]]
 
 
@@ -70,7 +72,9 @@ def _owner(value: str) -> tuple[int, int]:
     try:
         return uid, pwd.getpwnam(user).pw_gid
     except KeyError:
-        raise ConfigurationError(f"--owner: {user} is a number: say which group, as {user}:GROUP") from None
+        raise ConfigurationError(
+            f"--owner: {user} is a number: say which group, as {user}:GROUP"
+        ) from None
 
 
 def _id(kind: str, name: str, find: Callable[[str], Any], mend: str) -> int:
@@ -99,9 +103,13 @@ def _option(usage: str, text: str, **attributes: Any) -> Any:
 class Options:
     """The options of the command. Durations are in seconds; ``owner`` is a uid and a gid."""
 
-    images_dir: str = _option("--images-dir DIR", "Glance's filesystem store.", default="/var/lib/glance/images")
+    images_dir: str = _option(
+        "--images-dir DIR", "Glance's filesystem store.", default="/var/lib/glance/images"
+    )
     cache_dir: str = _option(
-        "--cache-dir DIR", "What the compute nodes mount as Nova's _base.", default="/var/lib/glance/imagecache"
+        "--cache-dir DIR",
+        "What the compute nodes mount as Nova's _base.",
+        default="/var/lib/glance/imagecache",
     )
     owner: tuple[int, int] = _option(
         "--owner USER[:GROUP]",
@@ -110,23 +118,36 @@ class Options:
         default="qemu:qemu",
     )
     mode: int = _option(
-        "--mode OCTAL", "Mode of the links: everybody reads, others do not write.", type=_mode, default="0644"
+        "--mode OCTAL",
+        "Mode of the links: everybody reads, others do not write.",
+        type=_mode,
+        default="0644",
     )
     disk_formats: Sequence[str] = _option(
-        "--disk-format NAME", "Formats to link; repeatable.", type=_disk_format, multiple=True, default=DISK_FORMATS
+        "--disk-format NAME",
+        "Formats to link; repeatable.",
+        type=_disk_format,
+        multiple=True,
+        default=DISK_FORMATS,
     )
     os_cloud: str | None = _option(
         "--os-cloud NAME",
         "A clouds.yaml entry; needs ln-images[clouds]. Otherwise OS_* from the environment.",
         envvar=["LN_IMAGES_OS_CLOUD", "OS_CLOUD"],
     )
-    timeout: float = _option("--timeout SECONDS", "For each HTTP request.", type=_LENGTH, default=30)
+    timeout: float = _option(
+        "--timeout SECONDS", "For each HTTP request.", type=_LENGTH, default=30
+    )
     full: bool = _option("--full", "Ask Glance about every image, not just those not yet linked.")
     every: float | None = _option(
-        "--every SECONDS", "Repeat the pass in one process, and react at once to what Glance finishes.", type=_LENGTH
+        "--every SECONDS",
+        "Repeat the pass in one process, and react at once to what Glance finishes.",
+        type=_LENGTH,
     )
     for_seconds: float | None = _option(
-        "--for SECONDS", "End the repeating in time; for crontab lines that start once a minute.", type=_LENGTH
+        "--for SECONDS",
+        "End the repeating in time; for crontab lines that start once a minute.",
+        type=_LENGTH,
     )
     prune: bool = _option("--prune", "Also retire, and later remove, bases that nothing needs.")
     prune_after: float = _option(
@@ -135,14 +156,18 @@ class Options:
         type=_duration,
         default="24h",
     )
-    prune_unmarked: bool = _option("--prune-unmarked", "With --prune: also bases that this command did not link.")
+    prune_unmarked: bool = _option(
+        "--prune-unmarked", "With --prune: also bases that this command did not link."
+    )
     instances_dirs: Sequence[str] = _option(
         "--instances-dir DIR",
         "Instance disks whose backing files are never pruned; repeatable.",
         type=click.Path(exists=True, file_okay=False),
         multiple=True,
     )
-    verify: bool = _option("--verify", "Also read each linked image and compare it with Glance's checksum.")
+    verify: bool = _option(
+        "--verify", "Also read each linked image and compare it with Glance's checksum."
+    )
     dry_run: bool = _option("-n,--dry-run", "Say what would be done; touch nothing.")
     format: str = _option(
         "--format [text|json]",
@@ -151,7 +176,9 @@ class Options:
         default="text",
     )
     log_file: str | None = _option("--log-file PATH", "Rotating log, 1 MiB x 5.")
-    metrics_file: str | None = _option("--metrics-file PATH", "Prometheus textfile; needs ln-images[metrics].")
+    metrics_file: str | None = _option(
+        "--metrics-file PATH", "Prometheus textfile; needs ln-images[metrics]."
+    )
     verbose: bool = _option("-v,--verbose", "List present images too, and say more.")
     quiet: bool = _option("-q,--quiet", "Errors only.")
 

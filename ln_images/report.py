@@ -34,7 +34,10 @@ def printable(text: str) -> str:
 
 
 def exit_status(pass_: Pass) -> int:
-    """The pass's own fault's, else 1 where an image failed, else 0. No fault is less severe than a failed image."""
+    """The pass's own fault's, else 1 where an image failed, else 0.
+
+    No fault is less severe than a failed image.
+    """
     if pass_.fault is not None:
         return pass_.fault.exit_status
     return int(any(result.verdict.outcome in FAULTS for result in pass_.results))
@@ -46,11 +49,16 @@ def is_news(pass_: Pass) -> bool:
 
 
 def listed(pass_: Pass, everything: bool) -> list[Result]:
-    """The results that a report lists one by one: those present or unknown to Glance only where they are asked for."""
+    """The results that a report lists one by one.
+
+    Those present or unknown to Glance only where they are asked for.
+    """
     if not everything:
         return [result for result in pass_.results if result.verdict not in (_PRESENT, UNKNOWN)]
     # Of these nothing was asked, and the id is all that is known.
-    settled = (Result(Image(image_id), cache_name(image_id), _PRESENT) for image_id in pass_.settled)
+    settled = (
+        Result(Image(image_id), cache_name(image_id), _PRESENT) for image_id in pass_.settled
+    )
     return [*pass_.results, *settled]
 
 
@@ -77,10 +85,19 @@ def document(pass_: Pass, status: int, everything: bool) -> dict[str, Any]:
         "exit_status": status,
         "fault": None if pass_.fault is None else str(pass_.fault),
         "counts": {outcome.value: found[outcome] for outcome in Outcome},
-        "held": {kind: {"count": count, "bytes": size} for kind, (count, size) in pass_.held.items()},
+        "held": {
+            kind: {"count": count, "bytes": size} for kind, (count, size) in pass_.held.items()
+        },
         "images": [
-            {name: getattr(result.image, name) for name in ("id", "name", "status", "disk_format", "size")}
-            | {"cache_name": result.cache_name, "outcome": result.verdict.outcome, "reason": result.verdict.reason}
+            {
+                name: getattr(result.image, name)
+                for name in ("id", "name", "status", "disk_format", "size")
+            }
+            | {
+                "cache_name": result.cache_name,
+                "outcome": result.verdict.outcome,
+                "reason": result.verdict.reason,
+            }
             for result in listed(pass_, everything)
         ],
     }
@@ -89,23 +106,40 @@ def document(pass_: Pass, status: int, everything: bool) -> dict[str, Any]:
 def summary(pass_: Pass) -> str:
     """One line: how many images had which outcome, what other bases hold, and how long it took."""
     found = counts(pass_)
-    parts = [f"{found[outcome]} {outcome}" for outcome in Outcome if found[outcome]] or ["no images"]
-    freed = sum(result.image.size or 0 for result in pass_.results if result.verdict.outcome is Outcome.PRUNED)
+    parts = [f"{found[outcome]} {outcome}" for outcome in Outcome if found[outcome]] or [
+        "no images"
+    ]
+    freed = sum(
+        result.image.size or 0
+        for result in pass_.results
+        if result.verdict.outcome is Outcome.PRUNED
+    )
     if found[Outcome.PRUNED]:
         parts.append(f"{size_text(freed)} freed")
-    parts += [f"{size_text(size)} held by {count} {_HELD[kind]}" for kind, (count, size) in pass_.held.items() if count]
+    parts += [
+        f"{size_text(size)} held by {count} {_HELD[kind]}"
+        for kind, (count, size) in pass_.held.items()
+        if count
+    ]
     if pass_.audit is not None:
         images, without, size, seconds = pass_.audit
         rate = size_text(int(size / seconds)) if seconds else "-"
-        parts.append(f"{images} verified, {size_text(size)} at {rate}/s, {without} without a checksum")
+        parts.append(
+            f"{images} verified, {size_text(size)} at {rate}/s, {without} without a checksum"
+        )
     return f"{'dry run: ' if pass_.dry_run else ''}{', '.join(parts)}, {pass_.duration:.1f} s"
 
 
-def table(results: Sequence[Result], width: int | None = None, whole_ids: bool = False, colour: bool = False) -> str:
+def table(
+    results: Sequence[Result],
+    width: int | None = None,
+    whole_ids: bool = False,
+    colour: bool = False,
+) -> str:
     """The results as aligned lines under a heading, or nothing where there are none.
 
-    With ``width`` a line takes no more columns of a terminal where names and reasons can be cut for it; ids are whole
-    where they are asked for or there is room.
+    With ``width`` a line takes no more columns of a terminal where names and reasons can be cut for
+    it; ids are whole where they are asked for or there is room.
     """
     if not results:
         return ""
@@ -116,14 +150,21 @@ def table(results: Sequence[Result], width: int | None = None, whole_ids: bool =
         if sum(widths) > room and not whole_ids:
             rows = [(name, image_id[:8], *rest) for name, image_id, *rest in rows]
             widths = _widths(rows)
-        for column, narrowest in ((_REASON, _NARROWEST), (_NAME, _NARROWEST), (_REASON, 8), (_NAME, 8)):
+        for column, narrowest in (
+            (_REASON, _NARROWEST),
+            (_NAME, _NARROWEST),
+            (_REASON, 8),
+            (_NAME, 8),
+        ):
             over = max(0, sum(widths) - room)
             widths[column] = max(min(widths[column], narrowest), widths[column] - over)
     lines = []
     for row in rows:
         cells = [_cell(cell, column) for cell, column in zip(row, widths, strict=True)]
         if colour:
-            cells[_OUTCOME] = click.style(cells[_OUTCOME], fg=_COLOURS.get(row[_OUTCOME]), bold=row is rows[0])
+            cells[_OUTCOME] = click.style(
+                cells[_OUTCOME], fg=_COLOURS.get(row[_OUTCOME]), bold=row is rows[0]
+            )
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -134,7 +175,13 @@ def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
 
 def _row(result: Result) -> Sequence[str]:
     image, name, verdict = result
-    cells = (image.name or "-", image.id or name, image.status or "-", size_text(image.size), *verdict)
+    cells = (
+        image.name or "-",
+        image.id or name,
+        image.status or "-",
+        size_text(image.size),
+        *verdict,
+    )
     return [printable(cell) for cell in cells]
 
 

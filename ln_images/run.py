@@ -61,23 +61,32 @@ class Passes:
         self._held: Mapping[str, tuple[int, int]] = {}
 
     def whole(self) -> Pass:
-        """Makes one pass. Raises where it could not be made: nothing on disk is touched before the list is whole.
+        """Makes one pass.
 
-        It looks before it asks, so that what is known of the disk is never newer than Glance's word for it.
+        Raises where it could not be made: nothing on disk is touched before the list is whole.
+
+        It looks before it asks, so that what is known of the disk is never newer than Glance's word
+        for it.
         """
         options = self._options
         started_at, start = datetime.now(UTC), time.monotonic()
         fault = None
         cleaned = {}
         with Disk(options.images_dir, options.cache_dir) as disk:
-            read, audited = audit(options, self._glance, disk, self._progress) if options.verify else (None, {})
+            read, audited = (
+                audit(options, self._glance, disk, self._progress) if options.verify else (None, {})
+            )
             look, images, results = self._link(disk, audited)
             if options.prune:
                 now = started_at.timestamp()
                 try:
-                    for base, verdict in clean_up(options, self._glance, disk, look.bases, images, now):
+                    for base, verdict in clean_up(
+                        options, self._glance, disk, look.bases, images, now
+                    ):
                         cleaned[base] = verdict
-                        results.append(Result(Image(base.image_id, size=base.file.size), base.name, verdict))
+                        results.append(
+                            Result(Image(base.image_id, size=base.file.size), base.name, verdict)
+                        )
                         self._tell_of_change(results[-1])
                 except LnImagesError as error:
                     fault = error
@@ -87,10 +96,23 @@ class Passes:
         self._held = plan.held(look.bases, {} if options.dry_run else cleaned)
         self._told = self._tell(results)
         took, held = time.monotonic() - start, self._held
-        return Pass(started_at, took, options.dry_run, results, look.settled, held, room, directory, fault, read)
+        return Pass(
+            started_at,
+            took,
+            options.dry_run,
+            results,
+            look.settled,
+            held,
+            room,
+            directory,
+            fault,
+            read,
+        )
 
     def narrow(self, ids: Collection[str]) -> Pass:
-        """Makes a pass for a few images alone, without a look at the rest. Raises as :meth:`whole` does.
+        """Makes a pass for a few images alone, without a look at the rest.
+
+        Raises as :meth:`whole` does.
 
         What bases hold is what the last whole one found.
         """
@@ -99,25 +121,46 @@ class Passes:
         with Disk(options.images_dir, options.cache_dir) as disk, self._locked(disk):
             results = self._settle(disk, self._glance.images_of(sorted(ids)).values(), {})
         self._told |= self._tell(results)
-        return Pass(started_at, time.monotonic() - start, options.dry_run, results, narrow=True, held=self._held)
+        return Pass(
+            started_at,
+            time.monotonic() - start,
+            options.dry_run,
+            results,
+            narrow=True,
+            held=self._held,
+        )
 
-    def _link(self, disk: Disk, audited: Mapping[str, Verdict]) -> tuple[Look, dict[str, Image], list[Result]]:
-        """What a pass does under the lock: the look, what Glance has, and what became of what is not settled."""
+    def _link(
+        self, disk: Disk, audited: Mapping[str, Verdict]
+    ) -> tuple[Look, dict[str, Image], list[Result]]:
+        """What a pass does under the lock.
+
+        The look, what Glance has, and what became of what is not settled.
+        """
         with self._locked(disk):
             look = plan.look(disk.sources(), disk.entries(), self._options)
             recalled = self._recalled(disk, look.unsettled)
             images = self._ask(disk, look, recalled)
             settled = frozenset(look.settled)
-            results = self._settle(disk, [image for image in images.values() if image.id not in settled], audited)
+            results = self._settle(
+                disk, [image for image in images.values() if image.id not in settled], audited
+            )
             results += [result for image_id, result in recalled.items() if image_id not in images]
-            results += self._unknown(disk, [one for one in look.unsettled if one not in images and one not in recalled])
+            results += self._unknown(
+                disk, [one for one in look.unsettled if one not in images and one not in recalled]
+            )
             # The entries that could not be looked at, and of which no image has told.
             told = {result.cache_name for result in results}
-            results += [Result(Image(""), name, verdict) for name, verdict in look.broken.items() if name not in told]
+            results += [
+                Result(Image(""), name, verdict)
+                for name, verdict in look.broken.items()
+                if name not in told
+            ]
         return look, images, results
 
     def _locked(self, disk: Disk) -> AbstractContextManager[None]:
-        # A dry run changes nothing, so it neither waits for a run at work nor makes the next one fail.
+        # A dry run changes nothing, so it neither waits for a run at work nor makes the next one
+        # fail.
         if self._options.dry_run:
             return contextlib.nullcontext()
         return disk.locked(self._options.every or (_AFTER_AUDIT if self._options.verify else 0))
@@ -148,13 +191,19 @@ class Passes:
             )
         return images
 
-    def _settle(self, disk: Disk, images: Collection[Image], audited: Mapping[str, Verdict]) -> list[Result]:
+    def _settle(
+        self, disk: Disk, images: Collection[Image], audited: Mapping[str, Verdict]
+    ) -> list[Result]:
         options = self._options
         results: list[Result] = []
         with self._progress("Linking", len(images)) as bar:
             for image in images:
                 with uninterrupted():
-                    verdict = plan.judge_image(image, options) or audited.get(image.id) or disk.settle(image, options)
+                    verdict = (
+                        plan.judge_image(image, options)
+                        or audited.get(image.id)
+                        or disk.settle(image, options)
+                    )
                     results.append(Result(image, plan.cache_name(image.id), verdict))
                     self._tell_of_change(results[-1])
                 bar.update(1)
@@ -179,10 +228,17 @@ class Passes:
             self._judged, self._forgets_at = {}, time.monotonic() + _RECALL
         # Looked at before they are judged: of what changes meanwhile, nothing is known.
         self._files = {image_id: file for image_id in unsettled if (file := _file(disk, image_id))}
-        return {image_id: one for image_id, (file, one) in self._judged.items() if self._files.get(image_id) == file}
+        return {
+            image_id: one
+            for image_id, (file, one) in self._judged.items()
+            if self._files.get(image_id) == file
+        }
 
     def _remember(self, results: Iterable[Result]) -> None:
-        """Keeps for a while what only another file could change: not what may become active, or is in the way."""
+        """Keeps for a while what only another file could change.
+
+        Not what may become active, or is in the way.
+        """
         self._judged = {
             result.image.id: (self._files[result.image.id], result)
             for result in results
@@ -196,25 +252,39 @@ class Passes:
             LOG.info("%s", report.line(result))
 
     def _tell(self, results: Iterable[Result]) -> dict[str, Verdict]:
-        """Logs what wants somebody to look, once for as long as it stands; the report has it in each pass.
+        """Logs what wants somebody to look, once for as long as it stands.
+
+        The report has it in each pass.
 
         Returns, by cache name, all that was told and stands.
         """
-        repaired = {result.cache_name for result in results if result.verdict.outcome is Outcome.REPAIRED}
+        repaired = {
+            result.cache_name for result in results if result.verdict.outcome is Outcome.REPAIRED
+        }
         if not self._again and (again := min(repaired & self._repaired, default="")):
             self._again = again
-            LOG.warning("%s is repaired again: libvirt changes it where --owner is not QEMU's user and group", again)
+            LOG.warning(
+                "%s is repaired again: libvirt changes it where --owner is not QEMU's user and group",
+                again,
+            )
         self._repaired |= repaired
         standing = [result for result in results if result.verdict.outcome in FAULTS | _ODD]
         for result in standing:
             if result.verdict != self._told.get(result.cache_name):
                 is_fault = result.verdict.outcome in FAULTS
                 level = logging.ERROR if is_fault else logging.WARNING
-                LOG.log(level, "%s", report.line(result), extra=None if is_fault else {"file_only": True})
+                LOG.log(
+                    level,
+                    "%s",
+                    report.line(result),
+                    extra=None if is_fault else {"file_only": True},
+                )
         return {result.cache_name: result.verdict for result in standing}
 
     def _tell_of_directory(self, owner: tuple[int, int], downloads: Mapping[str, File]) -> None:
-        leftovers = [file.size for file in downloads.values() if not plan.is_downloading(file, time.time())]
+        leftovers = [
+            file.size for file in downloads.values() if not plan.is_downloading(file, time.time())
+        ]
         text = "%s belongs to %d:%d, Nova must be able to write there; leftovers of downloads: %d, %d bytes"
         told = (self._options.cache_dir, *owner, len(leftovers), sum(leftovers))
         if told != self._directory:

@@ -11,8 +11,8 @@ from inotify_simple import INotify, flags
 from ln_images.plan import is_image_id
 
 LOG = logging.getLogger(__name__)
-# Glance closes a file 10 to 500 ms before the image is active: so many seconds until it is asked again, and then twice
-# as many each time.
+# Glance closes a file 10 to 500 ms before the image is active: so many seconds until it is asked
+# again, and then twice as many each time.
 _FIRST_DELAY = 0.02
 # Past this many files at once, a whole pass costs less than asking for each.
 _MANY = 50
@@ -22,18 +22,22 @@ Make = Callable[[Collection[str] | None], Collection[str] | None]
 
 
 def repeat(store: str, every: float, for_seconds: float | None, make: Make) -> None:
-    """Makes passes in the directory ``store`` until ``for_seconds`` are over, or for ever. All times are in seconds.
+    """Makes passes in the directory ``store`` until ``for_seconds`` are over, or for ever.
 
-    ``make`` makes a whole pass where it is given None, and one for some image ids otherwise. It returns the ids that
-    are not finished yet, or None where there was no pass. Whole ones begin on a steady clock: one that is too slow
-    makes the next ones start later, and none begins that would end too late, if it takes as long as the last.
+    All times are in seconds.
+
+    ``make`` makes a whole pass where it is given None, and one for some image ids otherwise. It
+    returns the ids that are not finished yet, or None where there was no pass. Whole ones begin on
+    a steady clock: one that is too slow makes the next ones start later, and none begins that would
+    end too late, if it takes as long as the last.
     """
     start = time.monotonic()
     end = math.inf if for_seconds is None else start + for_seconds
     pending = _Pending(every, make)
     with contextlib.closing(Watch()) as watch:
         while True:
-            # Before each whole pass: whatever happened to the directory, nothing is missed from here on.
+            # Before each whole pass: whatever happened to the directory, nothing is missed from
+            # here on.
             watch.renew(store)
             began = time.monotonic()
             pending.ask_of_all()
@@ -52,7 +56,9 @@ def repeat(store: str, every: float, for_seconds: float | None, make: Make) -> N
 
 
 class _Pending:
-    """The images whose files are closed and that are not active yet: when each is asked about next, and how long then.
+    """The images whose files are closed and that are not active yet.
+
+    When each is asked about next, and how long then.
 
     Past ``every`` seconds, whatever becomes of one is the affair of whole passes.
     """
@@ -95,7 +101,10 @@ class Watch:
         self._told = ""
 
     def renew(self, directory: str) -> None:
-        """Watches what ``directory`` is now. Of what it was, if that is another, nothing more is told."""
+        """Watches what ``directory`` is now.
+
+        Of what it was, if that is another, nothing more is told.
+        """
         try:
             self._inotify = self._inotify or INotify()
             # The number is the same for the same directory, and never used again.
@@ -103,7 +112,11 @@ class Watch:
         except OSError as error:
             self.close()
             if self._told != str(error):
-                LOG.debug("no watch on %s: %s: passes are made by the clock alone", directory, error.strerror)
+                LOG.debug(
+                    "no watch on %s: %s: passes are made by the clock alone",
+                    directory,
+                    error.strerror,
+                )
             self._told = str(error)
             return
         if number != self._number:
@@ -112,7 +125,9 @@ class Watch:
         self._number, self._told = number, ""
 
     def wait(self, seconds: float) -> frozenset[str] | None:
-        """The image ids whose files are finished, at the first or after ``seconds`` without; None for a whole pass.
+        """The image ids whose files are finished, at the first or after ``seconds`` without.
+
+        None for a whole pass.
 
         That is where the queue overflowed, or the directory itself was moved, removed or unmounted.
         """

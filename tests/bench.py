@@ -1,6 +1,10 @@
-"""``make bench``: what a pass costs on a real Keystone and Glance, beside what it replaces and what it cannot go below.
+"""``make bench``.
 
-Everything is measured in one run, and what is compared takes turns, so that the ratios hold on any machine.
+What a pass costs on a real Keystone and Glance, beside what it replaces and what it cannot go
+below.
+
+Everything is measured in one run, and what is compared takes turns, so that the ratios hold on any
+machine.
 """
 
 import argparse
@@ -151,9 +155,16 @@ class Lab:
 
     @contextlib.contextmanager
     def started(self, *command: str) -> Iterator[subprocess.Popen[str]]:
-        """A process with nothing of this one's environment; it and its children end with the block."""
+        """A process with nothing of this one's environment.
+
+        It and its children end with the block.
+        """
         process = subprocess.Popen(
-            command, env=self._environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         try:
             yield process
@@ -179,7 +190,10 @@ class Lab:
         return self.measured(sys.executable, "-c", code)[0]
 
     def one_pass(self, new: int = 0) -> Sample:
-        """A pass as cron makes it, after ``new`` links have been taken away; it must link every image."""
+        """A pass as cron makes it, after ``new`` links have been taken away.
+
+        It must link every image.
+        """
         for image_id in self.ids[:new]:
             self.entry(image_id).unlink(missing_ok=True)
         sample, _ = self.measured(COMMAND, "-q")
@@ -192,7 +206,9 @@ class Lab:
         return self.cache / hashlib.sha1(image_id.encode(), usedforsecurity=False).hexdigest()
 
     def unlinkable(self, outcome: str) -> list[str]:
-        """Makes active images that can never be linked: ``skipped`` for their format, or ``refused`` for their content.
+        """Makes active images that can never be linked.
+
+        ``skipped`` for their format, or ``refused`` for their content.
 
         Their files are laid aside, so that no pass sees them.
         """
@@ -200,7 +216,9 @@ class Lab:
         if outcome == "skipped":
             with self.cloud.database() as database:
                 database.execute("BEGIN")
-                database.executemany("UPDATE images SET disk_format = 'vmdk' WHERE id = ?", ((each,) for each in ids))
+                database.executemany(
+                    "UPDATE images SET disk_format = 'vmdk' WHERE id = ?", ((each,) for each in ids)
+                )
                 database.execute("COMMIT")
         for image_id in ids:
             file = self.cloud.images / image_id
@@ -222,7 +240,9 @@ class Lab:
             raise RuntimeError(f"{len(ids)} images should be {outcome}: {counts}")
         return sample
 
-    def gaps(self, options: argparse.Namespace, every: float, command: Sequence[str]) -> list[float]:
+    def gaps(
+        self, options: argparse.Namespace, every: float, command: Sequence[str]
+    ) -> list[float]:
         """Seconds from each upload to its link, while ``command`` is started every so many seconds, as cron does."""
         say(f"{options.uploads} uploads under {' '.join(command[-4:])}")
         linked: dict[str, float] = {}
@@ -246,7 +266,10 @@ class Lab:
                 opened.enter_context(self.started(*command))
 
         with contextlib.ExitStack() as opened:
-            threads = [threading.Thread(target=watch), threading.Thread(target=lines, args=(opened,))]
+            threads = [
+                threading.Thread(target=watch),
+                threading.Thread(target=lines, args=(opened,)),
+            ]
             for thread in threads:
                 thread.start()
                 opened.callback(thread.join)
@@ -263,7 +286,11 @@ class Lab:
             wait_until(lambda: uploaded.keys() <= linked.keys(), "the last links", 60)
         for name in uploaded:
             (self.cache / name).unlink()
-        for image in self.cloud.image_api().get("/images", params={"name": "upload", "limit": 1000}).json()["images"]:
+        for image in (
+            self.cloud.image_api()
+            .get("/images", params={"name": "upload", "limit": 1000})
+            .json()["images"]
+        ):
             self.cloud.delete(image["id"])
         return [linked[name] - at for name, at in uploaded.items()]
 
@@ -286,7 +313,13 @@ class Lab:
             first = next(reports)["duration_seconds"]
             later = statistics.median(next(reports)["duration_seconds"] for _ in range(5))
             memory = _peak(process.pid) / MIB
-        return [f"{statistics.median(found):.3f}", f"{requests:.1f}", f"{first:.3f}", f"{later:.3f}", f"{memory:.0f}"]
+        return [
+            f"{statistics.median(found):.3f}",
+            f"{requests:.1f}",
+            f"{first:.3f}",
+            f"{later:.3f}",
+            f"{memory:.0f}",
+        ]
 
     def minute_of_a_service(self) -> Sample:
         """What a process without an end costs in a minute, its start not counted."""
@@ -294,7 +327,9 @@ class Lab:
             next(iter(process.stdout or ()))
             before, requests = _used(process.pid), self._requests()
             time.sleep(60)
-            return Sample(60, _used(process.pid) - before, _peak(process.pid), self._requests() - requests)
+            return Sample(
+                60, _used(process.pid) - before, _peak(process.pid), self._requests() - requests
+            )
 
     def verify(self, gib: float, rounds: int) -> dict[tuple[str, str], list[Sample]]:
         """Reads one file of so many GiB whole, with each command in turns."""
@@ -309,11 +344,19 @@ class Lab:
             os.fsync(content.fileno())
         with self.cloud.database() as database:
             values = (size, "sha512", checksum.hexdigest(), self.ids[0])
-            database.execute("UPDATE images SET size = ?, os_hash_algo = ?, os_hash_value = ? WHERE id = ?", values)
+            database.execute(
+                "UPDATE images SET size = ?, os_hash_algo = ?, os_hash_value = ? WHERE id = ?",
+                values,
+            )
         found = defaultdict(list)
-        commands = {"sha512sum": ["sha512sum", str(file)], "ln-images --verify": [COMMAND, "-q", "--verify"]}
+        commands = {
+            "sha512sum": ["sha512sum", str(file)],
+            "ln-images --verify": [COMMAND, "-q", "--verify"],
+        }
         self.one_pass()
-        for number, cache, (what, command) in itertools.product(range(rounds), ("cold", "warm"), commands.items()):
+        for number, cache, (what, command) in itertools.product(
+            range(rounds), ("cold", "warm"), commands.items()
+        ):
             say(f"{what}, {cache}, round {number + 1} of {rounds}")
             with file.open("rb") as content:
                 if cache == "cold":
@@ -327,8 +370,13 @@ class Lab:
     def _requests(self) -> int:
         """How many requests the servers have logged, but for those by which Glance checks a token."""
         logs = [self.cloud.directory / f"{name}-access.log" for name in ("keystone", "glance")]
-        lines = itertools.chain.from_iterable(log.read_text().splitlines() for log in logs if log.exists())
-        return sum("python-keystoneclient" not in line and "keystonemiddleware" not in line for line in lines)
+        lines = itertools.chain.from_iterable(
+            log.read_text().splitlines() for log in logs if log.exists()
+        )
+        return sum(
+            "python-keystoneclient" not in line and "keystonemiddleware" not in line
+            for line in lines
+        )
 
 
 def _used(pid: int) -> float:
@@ -339,11 +387,16 @@ def _used(pid: int) -> float:
 
 def _peak(pid: int) -> int:
     """The most memory that a process has had, in bytes (proc_pid_status(5))."""
-    return int(re.findall(r"^VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)[0]) * 1024
+    return (
+        int(re.findall(r"^VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)[0]) * 1024
+    )
 
 
 def compare(labs: Sequence[Lab], rounds: int) -> Figures:
-    """Measures everything that takes turns. The first round of each is not counted: it fills the caches."""
+    """Measures everything that takes turns.
+
+    The first round of each is not counted: it fills the caches.
+    """
     figures: Figures = defaultdict(list)
     for lab in labs:
         for _ in range(max(1, rounds * labs[0].size // lab.size)):
@@ -381,8 +434,12 @@ def compare_unlinkable(lab: Lab, rounds: int) -> Figures:
 def ratios(figures: Figures, sizes: Sequence[int]) -> None:
     """The table of what is compared."""
     small, middle, large = sizes[0], sizes[len(sizes) // 2], sizes[-1]
-    bare, idle = ({size: median(figures[what, size]) for size in sizes} for what in ("bare", "nothing to do"))
-    script, again, skipped, refused = (median(figures[what, small]) for what in (SCRIPTED, ALONE, *BESIDE))
+    bare, idle = (
+        {size: median(figures[what, size]) for size in sizes} for what in ("bare", "nothing to do")
+    )
+    script, again, skipped, refused = (
+        median(figures[what, small]) for what in (SCRIPTED, ALONE, *BESIDE)
+    )
     usage = median(figures["--help", 0]).wall / median(figures["import click", 0]).wall
     looked = median(figures[LOOKED, large]).wall
     table("a pass has nothing to do; wall time", "ratio")
@@ -391,7 +448,10 @@ def ratios(figures: Figures, sizes: Sequence[int]) -> None:
         (f"pass at {middle:,} / pass at {small:,}", idle[middle].wall / idle[small].wall),
         (f"pass at {middle:,} / bare", idle[middle].wall / bare[middle].wall),
         (f"pass at {large:,} / bare", idle[large].wall / bare[large].wall),
-        (f"bare and only looking, at {large:,} / bare", (bare[large].wall + looked) / bare[large].wall),
+        (
+            f"bare and only looking, at {large:,} / bare",
+            (bare[large].wall + looked) / bare[large].wall,
+        ),
         (f"pass at {large:,} / bare, peak memory", idle[large].memory / bare[large].memory),
         ('`ln-images --help` / `python -c "import click"`', usage),
         (f"pass beside {UNLINKABLE} skipped / without, at {small:,}", skipped.wall / again.wall),
@@ -406,7 +466,15 @@ def medians(figures: Figures) -> None:
     for (what, size), samples in figures.items():
         wall, cpu, memory, requests = median(samples)
         count = f"{size:,}" if size else ""
-        row(what, count, f"{wall:.3f}", f"{cpu:.3f}", f"{memory / MIB:.1f}", f"{requests:g}", f"{len(samples)}")
+        row(
+            what,
+            count,
+            f"{wall:.3f}",
+            f"{cpu:.3f}",
+            f"{memory / MIB:.1f}",
+            f"{requests:g}",
+            f"{len(samples)}",
+        )
 
 
 # The parts, each with a cloud of its own
@@ -426,7 +494,9 @@ def gap(directory: Path, options: argparse.Namespace) -> None:
     """How long after an upload its link is there."""
     with lab(directory, 100, MINE) as one:
         events = one.gaps(options, 60, [COMMAND, "-q", "--every", "10", "--for", "65"])
-        clock = one.gaps(options, 60, [*WITHOUT_INOTIFY, COMMAND, "-q", "--every", "1", "--for", "58"])
+        clock = one.gaps(
+            options, 60, [*WITHOUT_INOTIFY, COMMAND, "-q", "--every", "1", "--for", "58"]
+        )
         duration = one.one_pass(new=1).wall
     cron = [10 - moment / 100 + duration for moment in range(1000)]
     table("from active to linked, s", "median", "99 %", "longest", "shortest", "uploads")
@@ -438,7 +508,11 @@ def gap(directory: Path, options: argparse.Namespace) -> None:
         ordered = sorted(found)
         centile = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
         figures = (statistics.median(ordered), centile, ordered[-1], ordered[0])
-        row(what, *(f"{figure:.3f}" for figure in figures), "any" if found is cron else f"{len(found)}")
+        row(
+            what,
+            *(f"{figure:.3f}" for figure in figures),
+            "any" if found is cron else f"{len(found)}",
+        )
 
 
 def idle(directory: Path, options: argparse.Namespace) -> None:
@@ -464,7 +538,15 @@ def idle(directory: Path, options: argparse.Namespace) -> None:
 
 def narrow(directory: Path, options: argparse.Namespace) -> None:
     """What a pass for one image costs a process that is at work, and a whole one, by the number of links."""
-    table("in one process, s", "images", "narrow pass", "requests", "first whole pass", "later ones", "memory, MiB")
+    table(
+        "in one process, s",
+        "images",
+        "narrow pass",
+        "requests",
+        "first whole pass",
+        "later ones",
+        "memory, MiB",
+    )
     for size in (100, *map(int, options.sizes.split(",")[1:])):
         with lab(directory, size) as one:
             one.one_pass()
@@ -475,7 +557,9 @@ def verify(directory: Path, options: argparse.Namespace) -> None:
     """What an audit costs, beside sha512sum on the same file."""
     with lab(directory, 1) as one:
         found = one.verify(options.gib, options.rounds)
-    table(f"{options.gib:g} GiB, median", "cache", "wall, s", "CPU, s", "MiB/s", "ratio of wall times")
+    table(
+        f"{options.gib:g} GiB, median", "cache", "wall, s", "CPU, s", "MiB/s", "ratio of wall times"
+    )
     for cache in ("cold", "warm"):
         base = median(found["sha512sum", cache]).wall
         for what in ("sha512sum", "ln-images --verify"):
@@ -541,14 +625,28 @@ def interrupt(number: int, _frame: object) -> None:
 
 
 def main() -> int:
-    """Measures and prints Markdown; 130 when it was interrupted. Servers and files are gone afterwards, either way."""
+    """Measures and prints Markdown; 130 when it was interrupted.
+
+    Servers and files are gone afterwards, either way.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"which to measure, of {', '.join(PARTS)}; else all")
-    parser.add_argument("--sizes", default="1000,10000,100000", help="how many linked images; the least first")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="part",
+        help=f"which to measure, of {', '.join(PARTS)}; else all",
+    )
+    parser.add_argument(
+        "--sizes", default="1000,10000,100000", help="how many linked images; the least first"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="how often each thing is measured")
     parser.add_argument("--uploads", type=int, default=200, help="how many uploads under each line")
-    parser.add_argument("--minutes", type=float, default=3.2, help="over how many minutes they are spread")
-    parser.add_argument("--gib", type=float, default=8, help="the size of the file that is verified")
+    parser.add_argument(
+        "--minutes", type=float, default=3.2, help="over how many minutes they are spread"
+    )
+    parser.add_argument(
+        "--gib", type=float, default=8, help="the size of the file that is verified"
+    )
     options = parser.parse_args()
     if unknown := set(options.parts).difference(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")

@@ -85,7 +85,8 @@ service_type = image
 class Cloud:
     """A running cloud; use it as a context manager.
 
-    ``directory`` must be on the file system where the images shall lie; ``images`` is Glance's store.
+    ``directory`` must be on the file system where the images shall lie; ``images`` is Glance's
+    store.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -93,7 +94,9 @@ class Cloud:
         self.images = directory / "images"
         self._http = requests.Session()
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._sockets = {name: socket.create_server(("127.0.0.1", 0)) for name in ("keystone", "glance")}
+        self._sockets = {
+            name: socket.create_server(("127.0.0.1", 0)) for name in ("keystone", "glance")
+        }
         self.keystone, self.glance = (
             f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in self._sockets.values()
         )
@@ -109,11 +112,16 @@ class Cloud:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
-    def environment(self, user: str = "admin", project: str = "admin", password: str = PASSWORD) -> dict[str, str]:
+    def environment(
+        self, user: str = "admin", project: str = "admin", password: str = PASSWORD
+    ) -> dict[str, str]:
         """The ``OS_*`` variables of an openrc for ``user`` in ``project``."""
         return {
             "OS_AUTH_URL": f"{self.keystone}/v3",
@@ -125,7 +133,9 @@ class Cloud:
             "OS_REGION_NAME": REGION,
         }
 
-    def as_user(self, user: str = "admin", project: str = "admin", password: str = PASSWORD) -> session.Session:
+    def as_user(
+        self, user: str = "admin", project: str = "admin", password: str = PASSWORD
+    ) -> session.Session:
         """A keystoneauth1 session of ``user`` in ``project``."""
         return session.Session(
             session=self._http,
@@ -147,21 +157,31 @@ class Cloud:
         """Glance's API as the administrator, or as ``who``."""
         return adapter.Adapter(who or self.admin, endpoint_override=f"{self.glance}/v2")
 
-    def add_user(self, name: str, project: str, role: str, password: str = PASSWORD) -> session.Session:
+    def add_user(
+        self, name: str, project: str, role: str, password: str = PASSWORD
+    ) -> session.Session:
         """Makes a project and a user with one role in it, and returns the user's session."""
         identity = self.identity()
-        made = identity.post("/projects", json={"project": {"name": project, "domain_id": "default"}}).json()
+        made = identity.post(
+            "/projects", json={"project": {"name": project, "domain_id": "default"}}
+        ).json()
         user = identity.post(
             "/users", json={"user": {"name": name, "password": password, "domain_id": "default"}}
         ).json()
         roles = identity.get("/roles", params={"name": role}).json()["roles"]
-        identity.put(f"/projects/{made['project']['id']}/users/{user['user']['id']}/roles/{roles[0]['id']}")
+        identity.put(
+            f"/projects/{made['project']['id']}/users/{user['user']['id']}/roles/{roles[0]['id']}"
+        )
         return self.as_user(name, project, password)
 
     def application_credential(self, user: session.Session, **limits: Any) -> dict[str, str]:
         """Makes an application credential of ``user``, and returns its ``OS_*`` variables."""
         document = {"application_credential": {"name": str(uuid.uuid4())} | limits}
-        made = self.identity(user).post(f"/users/{user.get_user_id()}/application_credentials", json=document).json()
+        made = (
+            self.identity(user)
+            .post(f"/users/{user.get_user_id()}/application_credentials", json=document)
+            .json()
+        )
         return {
             "OS_AUTH_URL": f"{self.keystone}/v3",
             "OS_AUTH_TYPE": "v3applicationcredential",
@@ -177,10 +197,14 @@ class Cloud:
     def upload(self, image_id: str, data: bytes, who: session.Session | None = None) -> None:
         """Uploads the whole content of a queued image, which makes it active."""
         self.image_api(who).put(
-            f"/images/{image_id}/file", data=data, headers={"Content-Type": "application/octet-stream"}
+            f"/images/{image_id}/file",
+            data=data,
+            headers={"Content-Type": "application/octet-stream"},
         )
 
-    def image(self, name: str, data: bytes, who: session.Session | None = None, **properties: Any) -> str:
+    def image(
+        self, name: str, data: bytes, who: session.Session | None = None, **properties: Any
+    ) -> str:
         """Makes an active image and returns its id."""
         image_id = self.create(name, who, **properties)
         self.upload(image_id, data, who)
@@ -204,7 +228,9 @@ class Cloud:
 
     def database(self) -> contextlib.closing[sqlite3.Connection]:
         """Glance's own database, for the states that no API call reaches. Commits by itself."""
-        return contextlib.closing(sqlite3.connect(self.directory / "glance.sqlite", timeout=30, isolation_level=None))
+        return contextlib.closing(
+            sqlite3.connect(self.directory / "glance.sqlite", timeout=30, isolation_level=None)
+        )
 
     def set_status(self, image_id: str, status: str) -> None:
         """Puts an image into a state that no API call leaves it in."""
@@ -212,7 +238,10 @@ class Cloud:
             database.execute("UPDATE images SET status = ? WHERE id = ?", (status, image_id))
 
     def add_many(self, count: int, size: int = 4096) -> list[str]:
-        """Makes ``count`` active raw images at once, as rows and sparse files: the API would take minutes."""
+        """Makes ``count`` active raw images at once, as rows and sparse files.
+
+        The API would take minutes.
+        """
         ids = [str(uuid.uuid4()) for _ in range(count)]
         # With microseconds, as Glance writes them: it pages by comparing them as text.
         now = time.strftime("%Y-%m-%d %H:%M:%S.000000")
@@ -239,7 +268,13 @@ class Cloud:
     def clear(self) -> None:
         """Forgets every image, and removes every file of the store, at once."""
         with self.database() as database:
-            for table in ("image_members", "image_tags", "image_properties", "image_locations", "images"):
+            for table in (
+                "image_members",
+                "image_tags",
+                "image_properties",
+                "image_locations",
+                "images",
+            ):
                 database.execute(f"DELETE FROM {table}")  # noqa: S608
         shutil.rmtree(self.images)
         self.images.mkdir(mode=0o700)
@@ -264,8 +299,13 @@ class Cloud:
         fresh = _set_up_once()
         self._configure()
         for name in SET_UP:
-            (shutil.copytree if (fresh / name).is_dir() else shutil.copy2)(fresh / name, self.directory / name)
-        with contextlib.closing(sqlite3.connect(self.directory / "keystone.sqlite")) as database, database:
+            (shutil.copytree if (fresh / name).is_dir() else shutil.copy2)(
+                fresh / name, self.directory / name
+            )
+        with (
+            contextlib.closing(sqlite3.connect(self.directory / "keystone.sqlite")) as database,
+            database,
+        ):
             database.execute("UPDATE endpoint SET url = ?", (f"{self.keystone}/v3",))
         self._serve("keystone")
         self._serve("glance")
@@ -287,7 +327,10 @@ class Cloud:
         (self.directory / "glance-api.conf").write_text(GLANCE_CONF.format(**values))
 
     def set_up(self) -> None:
-        """Makes the databases and the keys of a cloud, and nothing else: it does not run, and is to be copied."""
+        """Makes the databases and the keys of a cloud, and nothing else.
+
+        It does not run, and is to be copied.
+        """
         self._configure()
         for name in ("fernet", "credential"):
             (self.directory / name).mkdir(mode=0o700)
@@ -308,7 +351,9 @@ class Cloud:
 
     def _register_glance(self) -> None:
         identity = self.identity()
-        service = identity.post("/services", json={"service": {"type": "image", "name": "glance"}}).json()
+        service = identity.post(
+            "/services", json={"service": {"type": "image", "name": "glance"}}
+        ).json()
         endpoint = {
             "service_id": service["service"]["id"],
             "interface": "public",
@@ -328,16 +373,30 @@ class Cloud:
                 api.get(path, timeout=10)
                 return
             except (exceptions.ClientException, requests.RequestException):
-                if time.monotonic() > deadline or any(p.poll() is not None for p in self._processes):
-                    raise RuntimeError(f"the cloud did not start: see the logs in {self.directory}") from None
+                if time.monotonic() > deadline or any(
+                    p.poll() is not None for p in self._processes
+                ):
+                    raise RuntimeError(
+                        f"the cloud did not start: see the logs in {self.directory}"
+                    ) from None
                 time.sleep(0.2)
 
     def _serve(self, name: str) -> None:
         listener = self._sockets[name]
         self._spawn(
             *("python", "-m", "gunicorn", "--bind", f"fd://{listener.fileno()}"),
-            # A connection that is closed just when it is used again is reset: after two seconds, that happened.
-            *("--worker-class", "gthread", "--threads", "16", "--timeout", "120", "--keep-alive", "75"),
+            # A connection that is closed just when it is used again is reset: after two seconds,
+            # that happened.
+            *(
+                "--worker-class",
+                "gthread",
+                "--threads",
+                "16",
+                "--timeout",
+                "120",
+                "--keep-alive",
+                "75",
+            ),
             *("--access-logfile", f"{self.directory}/{name}-access.log"),
             *("--no-control-socket", "--pythonpath", str(ROOT / "tests"), f"cloud_wsgi:{name}()"),
             log=f"{name}-server.log",
@@ -362,7 +421,14 @@ class Cloud:
         with (self.directory / log).open("ab") as output:
             process = subprocess.Popen(
                 # It does not outlive this process, even one that is killed.
-                ["setpriv", "--pdeathsig", "TERM", SERVERS / "bin" / program, *configuration, *arguments],
+                [
+                    "setpriv",
+                    "--pdeathsig",
+                    "TERM",
+                    SERVERS / "bin" / program,
+                    *configuration,
+                    *arguments,
+                ],
                 cwd=self.directory,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -381,10 +447,12 @@ class Cloud:
 
 
 def _set_up_once() -> Path:
-    """A cloud that was set up and has never run, beside the servers: to copy it takes no time, to make it 15 s.
+    """A cloud that was set up and has never run, beside the servers.
 
-    It is made anew where the servers' versions or what is said to them have changed. Of several processes that
-    want it one makes it, and the others wait.
+    To copy it takes no time, to make it 15 s.
+
+    It is made anew where the servers' versions or what is said to them have changed. Of several
+    processes that want it one makes it, and the others wait.
     """
     made_of = Path(__file__).read_bytes() + (ROOT / "tests" / "cloud-requirements.txt").read_bytes()
     fresh = SERVERS / f"set-up-{hashlib.sha256(made_of).hexdigest()[:16]}"

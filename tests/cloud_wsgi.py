@@ -1,8 +1,8 @@
 """What gunicorn serves: Keystone's and Glance's own WSGI applications, unchanged but for two traps.
 
-Both parse ``sys.argv`` as their own options when imported, so it is emptied first. Glance leaves the
-body of a refused upload unread, and gunicorn then cuts the connection under the next request, so what
-is left of a body is read to its end after the application has answered.
+Both parse ``sys.argv`` as their own options when imported, so it is emptied first. Glance leaves
+the body of a refused upload unread, and gunicorn then cuts the connection under the next request,
+so what is left of a body is read to its end after the application has answered.
 """
 
 import importlib

@@ -28,14 +28,18 @@ from faulty import Faulty, Front, Rule, Variables
 from ln_images.cli import main
 from ln_images.options import Options
 
-# Whatever ends the tests, the servers that they started are stopped first. A shell that runs the tests in the
-# background has them ignore SIGINT, and so would the command that they start.
+# Whatever ends the tests, the servers that they started are stopped first. A shell that runs the
+# tests in the background has them ignore SIGINT, and so would the command that they start.
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.default_int_handler)
 # How long an example takes says how busy the machine is, and nothing of what is tested.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("any machine")
-SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "report.schema.json").read_text()))
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads((ROOT / "docs" / "report.schema.json").read_text())
+)
 COMMAND = Path(sys.executable).with_name("ln-images")
 # A call of the command that has not ended by then ends the tests' process, with a traceback.
 ENDS_WITHIN = 60
@@ -44,20 +48,31 @@ REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 OWNER = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())
 # Takes the credentials of the openrc away, and leaves the region.
 NO_OPENRC = dict.fromkeys(
-    ("OS_AUTH_URL", "OS_USERNAME", "OS_PASSWORD", "OS_PROJECT_NAME", "OS_USER_DOMAIN_NAME", "OS_PROJECT_DOMAIN_NAME")
+    (
+        "OS_AUTH_URL",
+        "OS_USERNAME",
+        "OS_PASSWORD",
+        "OS_PROJECT_NAME",
+        "OS_USER_DOMAIN_NAME",
+        "OS_PROJECT_DOMAIN_NAME",
+    )
 )
 # What the command takes where it is given nothing, but for an owner that every machine has.
 with main.make_context("ln-images", [f"--owner={OWNER[0]}:{OWNER[1]}"]) as context:
     DEFAULTS = Options(**context.params)
 # For processes that get a signal: one that comes while coverage holds its own lock would hang them.
 UNCOVERED: Variables = {"COVERAGE_PROCESS_CONFIG": None}
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root: mounts, devices and other owners")
+needs_root = pytest.mark.skipif(
+    os.getuid() != 0, reason="needs root: mounts, devices and other owners"
+)
 
 
 def block(name: str) -> str:
     """The fenced block of a document that follows the comment ``name``."""
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        found = re.search(rf"<!-- {name} -->\n```[a-z]*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        found = re.search(
+            rf"<!-- {name} -->\n```[a-z]*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+        )
         if found:
             return found[1]
     raise LookupError(f"no document has a block {name}")
@@ -76,18 +91,28 @@ class Node:
         return self.cloud.images
 
     def environment(self, **variables: str | None) -> dict[str, str]:
-        """What the command runs in: an openrc, and this node's settings. None takes a variable away."""
+        """What the command runs in: an openrc, and this node's settings.
+
+        None takes a variable away.
+        """
         kept = {key: value for key, value in os.environ.items() if key.startswith(("COV", "PATH"))}
         settings = {
             "LN_IMAGES_IMAGES_DIR": str(self.images),
             "LN_IMAGES_CACHE_DIR": str(self.cache),
             "LN_IMAGES_OWNER": f"{OWNER[0]}:{OWNER[1]}",
         }
-        merged: dict[str, str | None] = {**kept, **self.cloud.environment(), **settings, **variables}
+        merged: dict[str, str | None] = {
+            **kept,
+            **self.cloud.environment(),
+            **settings,
+            **variables,
+        }
         return {key: value for key, value in merged.items() if value is not None}
 
     def run(self, *arguments: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
-        """Calls the command, and sees it to its end, in this process: a new one would take a second to start.
+        """Calls the command, and sees it to its end, in this process.
+
+        A new one would take a second to start.
 
         Whatever JSON it prints must be as the schema says.
         """
@@ -111,7 +136,9 @@ class Node:
                 status = int(ended.code or 0)
             finally:
                 faulthandler.cancel_dump_traceback_later()
-        return self._checked(subprocess.CompletedProcess(arguments, status, said.getvalue(), errors.getvalue()))
+        return self._checked(
+            subprocess.CompletedProcess(arguments, status, said.getvalue(), errors.getvalue())
+        )
 
     def process(self, *arguments: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
         """Runs the installed command as a process of its own, as :meth:`run` does."""
@@ -165,7 +192,10 @@ class Node:
 def logging_put_back() -> Iterator[None]:
     """Leaves the loggers as they were, whatever the command makes of them, and its log file closed."""
     root, ours = logging.getLogger(), logging.getLogger("ln_images")
-    handlers, before = (root.handlers[:], ours.handlers[:]), (ours.propagate, ours.level, logging.raiseExceptions)
+    handlers, before = (
+        (root.handlers[:], ours.handlers[:]),
+        (ours.propagate, ours.level, logging.raiseExceptions),
+    )
     try:
         yield
     finally:
@@ -187,7 +217,8 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
 def node(cloud: Cloud, request: pytest.FixtureRequest) -> Iterator[Node]:
     """A storage node with an empty cache; the cloud's images are gone when the test ends."""
     cache = (
-        cloud.directory / f"cache-{hashlib.sha1(request.node.nodeid.encode(), usedforsecurity=False).hexdigest()[:12]}"
+        cloud.directory
+        / f"cache-{hashlib.sha1(request.node.nodeid.encode(), usedforsecurity=False).hexdigest()[:12]}"
     )
     cache.mkdir()
     yield Node(cloud, cache)
@@ -202,14 +233,18 @@ def identity(cloud: Cloud) -> Adapter:
 
 @pytest.fixture
 def front(node: Node, identity: Adapter) -> Iterator[Front]:
-    """Stands a server before the real Glance, in the real catalog; returns it and the variables that choose it.
+    """Stands a server before the real Glance, in the real catalog.
+
+    Returns it and the variables that choose it.
 
     Unless told otherwise, it is the public endpoint of a region of its own.
     """
     service = identity.get("/services", params={"type": "image"}).json()["services"][0]["id"]
     with contextlib.ExitStack() as stack:
 
-        def stand(rule: Rule = str, path: str = "", tls: Any = None, **endpoint: str) -> tuple[Faulty, Variables]:
+        def stand(
+            rule: Rule = str, path: str = "", tls: Any = None, **endpoint: str
+        ) -> tuple[Faulty, Variables]:
             server = stack.enter_context(Faulty(node.cloud.glance, rule, tls))
             endpoint = {"region": f"port-{server.server_port}", "interface": "public"} | endpoint
             document = {"endpoint": {"service_id": service, "url": server.url + path, **endpoint}}

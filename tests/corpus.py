@@ -13,14 +13,18 @@ Make = Callable[[Path], object]
 KIB, MIB = 1024, 1024 * 1024
 
 SIGNATURE = b"\x55\xaa"
-# One entry of a partition table: active or not, first sector as CHS, type, last sector as CHS, first sector, length.
+# One entry of a partition table: active or not, first sector as CHS, type, last sector as CHS,
+# first sector, length.
 LINUX = struct.pack("<B3sB3sII", 0x80, b"\x20\x21\x00", 0x83, b"\xfe\xff\xff", 2048, 4096)
 PROTECTIVE = struct.pack("<B3sB3sII", 0x00, b"\x00\x02\x00", 0xEE, b"\xff\xff\xff", 1, 4096)
 BROKEN = b"\x13" + LINUX[1:]
 
 ISO = {32 * KIB: b"\x01CD001\x01"}
-# The end of the first sector of Debian's linux-image-6.1.0-56-cloud-amd64, and the magic of what follows.
-KERNEL = b"MZ".ljust(496, b"\xff") + bytes.fromhex("ff27010020820d000000ffff000055aa") + b"\xeb\x6aHdrS"
+# The end of the first sector of Debian's linux-image-6.1.0-56-cloud-amd64, and the magic of what
+# follows.
+KERNEL = (
+    b"MZ".ljust(496, b"\xff") + bytes.fromhex("ff27010020820d000000ffff000055aa") + b"\xeb\x6aHdrS"
+)
 
 TEXT_VMDK = b'# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n%s\nRW 2 FLAT "/etc/passwd" 0\n'
 
@@ -47,7 +51,17 @@ def qemu(disk_format: str, *arguments: str, size: str = "1M") -> Make:
     def make(path: Path) -> None:
         # In a directory of its own, since some formats leave more than one file.
         with tempfile.TemporaryDirectory() as directory:
-            command = ["qemu-img", "create", "-q", "-u", "-f", disk_format, *arguments, "image", size]
+            command = [
+                "qemu-img",
+                "create",
+                "-q",
+                "-u",
+                "-f",
+                disk_format,
+                *arguments,
+                "image",
+                size,
+            ]
             subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=60)
             shutil.move(Path(directory, "image"), path)
 
@@ -76,12 +90,17 @@ BACKED = qemu("qcow2", "-F", "raw", "-b", "/etc/passwd")
 DATA_FILE = qemu("qcow2", "-o", "data_file=data")
 # Its feature bit is the third of the incompatible ones.
 NAMES_DATA_FILE = patched(DATA_FILE, {72: bytes(8)})
-# LUKS, which qemu-img needs a second of computing for, and no more of it than its magic and version.
+# LUKS, which qemu-img needs a second of computing for, and no more of it than its magic and
+# version.
 LUKS = data(b"LUKS\xba\xbe\x00\x01", MIB)
-VMDK_WITH_FOOTER = patched(qemu("vmdk", "-o", "subformat=streamOptimized"), {56: b"\xff" * 8}, size=8 * MIB)
+VMDK_WITH_FOOTER = patched(
+    qemu("vmdk", "-o", "subformat=streamOptimized"), {56: b"\xff" * 8}, size=8 * MIB
+)
 VHDX_FAR_AWAY = patched(qemu("vhdx"), {0x30000 + 16 + entry: b"\xff" * 6 for entry in (16, 48)})
 # Four that QEMU takes for what they are, and the library's inspectors for raw.
-SHORT_QCOW2 = patched(qemu("qcow2", "-F", "raw", "-b", "/etc/passwd", "-o", "cluster_size=512"), size=400)
+SHORT_QCOW2 = patched(
+    qemu("qcow2", "-F", "raw", "-b", "/etc/passwd", "-o", "cluster_size=512"), size=400
+)
 VMDK_3 = data(
     (b"COWD" + struct.pack("<7I", 1, 3, 2048, 1, 4, 1, 128)).ljust(512, b"\0")
     + b'version=1\nCID=fffffffe\nparentCID=fffffffd\nparentFileNameHint="/etc/passwd"\n',

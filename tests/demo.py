@@ -1,6 +1,9 @@
-"""``make demo``: the whole job on a real Keystone and Glance, in a temporary directory that is removed again.
+"""``make demo``.
 
-``make cloud`` is the same cloud without the show: it stays until it is interrupted. With ``DIRECTORY`` it lies there.
+The whole job on a real Keystone and Glance, in a temporary directory that is removed again.
+
+``make cloud`` is the same cloud without the show: it stays until it is interrupted. With
+``DIRECTORY`` it lies there.
 """
 
 import argparse
@@ -25,9 +28,14 @@ DEBIAN, RESCUE, SNAPSHOT, NEXT = (f"{n}0000000-0000-4000-8000-000000000000" for 
 
 
 def main() -> int:
-    """Runs the demo, or a cloud until it is interrupted; then 130. Servers and files are gone afterwards."""
+    """Runs the demo, or a cloud until it is interrupted; then 130.
+
+    Servers and files are gone afterwards.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep", action="store_true", help="only run the cloud, until it is interrupted")
+    parser.add_argument(
+        "--keep", action="store_true", help="only run the cloud, until it is interrupted"
+    )
     parser.add_argument("--directory", type=Path, help="where it lies; must not exist yet")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -57,7 +65,9 @@ def _fresh(directory: Path | None) -> Iterator[Path]:
     try:
         directory.mkdir()
     except OSError as error:
-        sys.exit(f"{directory}: {error.strerror}: name a directory that can be made, and is not there yet")
+        sys.exit(
+            f"{directory}: {error.strerror}: name a directory that can be made, and is not there yet"
+        )
     try:
         yield directory
     finally:
@@ -79,13 +89,20 @@ def _show(cloud: Cloud) -> None:
     cloud.create("tomorrow", id=NEXT)
     cloud.create("snapshot-of-web-1", id=SNAPSHOT)
     upload = cloud.slow_upload(SNAPSHOT, b"\3" * MIB)
-    wait_until(lambda: (cloud.images / SNAPSHOT).exists() and (cloud.images / SNAPSHOT).stat().st_size, "half a file")
+    wait_until(
+        lambda: (cloud.images / SNAPSHOT).exists() and (cloud.images / SNAPSHOT).stat().st_size,
+        "half a file",
+    )
     print("Four images: two finished, one queued, and a snapshot that is still being uploaded.")
-    _run(cloud, "ln-images", "--images-dir", "images", "--cache-dir", "imagecache", "--owner", owner)
+    _run(
+        cloud, "ln-images", "--images-dir", "images", "--cache-dir", "imagecache", "--owner", owner
+    )
     _run(cloud, "ls", "-li", "--time-style=+", "images", "imagecache")
     upload.finish(b"\3" * MIB)
     print("\nThe upload is finished. The next pass:")
-    _run(cloud, "ln-images", "--images-dir", "images", "--cache-dir", "imagecache", "--owner", owner)
+    _run(
+        cloud, "ln-images", "--images-dir", "images", "--cache-dir", "imagecache", "--owner", owner
+    )
     _run(cloud, "ls", "-li", "--time-style=+", "imagecache")
 
 
@@ -98,7 +115,9 @@ def _keep(cloud: Cloud) -> None:
     }
     openrc = cloud.directory / "openrc"
     openrc.touch(mode=0o600)
-    openrc.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()))
+    openrc.write_text(
+        "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+    )
     print(f"The cloud is up until Ctrl-C. In another terminal:\n\n    . {openrc}", flush=True)
     while True:
         signal.pause()
@@ -116,7 +135,9 @@ def _owner() -> str:
 def _run(cloud: Cloud, *command: str) -> None:
     print("\n$", *command, flush=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OS_", "LN_IMAGES_"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("OS_", "LN_IMAGES_"))
+    }
     environment |= cloud.environment() | {"PATH": path, "LC_ALL": "C.UTF-8"}
     subprocess.run(command, cwd=cloud.directory, env=environment, check=True)
 

@@ -26,9 +26,9 @@ _HANG_SECONDS = 60.0
 class Answer:
     """What is said in place of the real answer.
 
-    ``missing``: so many bytes more are promised than sent. ``hang``: the connection then stays open.
-    With status 0 nothing is sent at all: it hangs up, or with ``hang`` stays silent. ``again``: the body is repeated
-    until nobody reads it any more, with so many seconds between.
+    ``missing``: so many bytes more are promised than sent. ``hang``: the connection then stays
+    open. With status 0 nothing is sent at all: it hangs up, or with ``hang`` stays silent.
+    ``again``: the body is repeated until nobody reads it any more, with so many seconds between.
     """
 
     status: int = 200
@@ -45,10 +45,12 @@ Rule = Callable[[str], str | Answer]
 
 
 class Faulty(ThreadingHTTPServer):
-    """Forwards to ``upstream`` what ``rule`` lets pass. It serves as soon as it is made; use it as a context manager.
+    """Forwards to ``upstream`` what ``rule`` lets pass.
 
-    ``paths`` are those that were asked for, and ``secrets`` every token that went through. With ``tls`` it
-    speaks https.
+    It serves as soon as it is made; use it as a context manager.
+
+    ``paths`` are those that were asked for, and ``secrets`` every token that went through. With
+    ``tls`` it speaks https.
     """
 
     daemon_threads = True
@@ -113,7 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if ruled.status:
             headers = {"Content-Type": ruled.content_type, **ruled.headers}
-            self._send(ruled.status, headers, ruled.body, ruled.missing if ruled.again is None else 2**40)
+            self._send(
+                ruled.status, headers, ruled.body, ruled.missing if ruled.again is None else 2**40
+            )
         while ruled.again is not None and not self.server.ended.wait(ruled.again):
             self.wfile.write(ruled.body)
         if ruled.hang:
@@ -121,15 +125,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, path: str, body: bytes) -> None:
         upstream = self.server.upstream
-        with contextlib.closing(http.client.HTTPConnection(str(upstream.hostname), upstream.port, timeout=60)) as real:
-            headers = {key: value for key, value in self.headers.items() if key.lower() not in _NOT_FORWARDED}
+        with contextlib.closing(
+            http.client.HTTPConnection(str(upstream.hostname), upstream.port, timeout=60)
+        ) as real:
+            headers = {
+                key: value
+                for key, value in self.headers.items()
+                if key.lower() not in _NOT_FORWARDED
+            }
             real.request(self.command, path, body, headers)
             answer = real.getresponse()
             # The services write links with the host that was asked, and do not know that it speaks https.
             host = self.server.url.partition("//")[2]
             said = answer.read().replace(f"http://{host}".encode(), self.server.url.encode())
             self._remember(answer.headers)
-            kept = {key: value for key, value in answer.headers.items() if key.lower() not in _NOT_FORWARDED}
+            kept = {
+                key: value
+                for key, value in answer.headers.items()
+                if key.lower() not in _NOT_FORWARDED
+            }
             self._send(answer.status, kept, said)
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, missing: int = 0) -> None:
@@ -143,7 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _remember(self, headers: Any) -> None:
-        self.server.secrets.update(headers[name] for name in ("X-Auth-Token", "X-Subject-Token") if headers[name])
+        self.server.secrets.update(
+            headers[name] for name in ("X-Auth-Token", "X-Subject-Token") if headers[name]
+        )
 
 
 # What a test sets in the command's environment; None takes a variable away.
@@ -153,22 +169,34 @@ Front = Callable[..., tuple[Faulty, Variables]]
 
 
 class Authority:
-    """A certificate authority for an hour: ``ca.pem`` in ``directory``, and the certificates it issues there."""
+    """A certificate authority for an hour.
+
+    ``ca.pem`` in ``directory``, and the certificates it issues there.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"authority of {directory.name}")])
-        self.ca = self._write("ca.pem", self._sign(self._name, self._key.public_key(), authority=True))
+        self._name = x509.Name(
+            [x509.NameAttribute(x509.NameOID.COMMON_NAME, f"authority of {directory.name}")]
+        )
+        self.ca = self._write(
+            "ca.pem", self._sign(self._name, self._key.public_key(), authority=True)
+        )
 
     def issue(self, name: str) -> tuple[Path, Path]:
         """A certificate for 127.0.0.1 and its key, as the files ``name``.crt and ``name``.key."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
         private = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
         )
-        return (self._write(f"{name}.crt", self._sign(subject, key.public_key())), self._write(f"{name}.key", private))
+        return (
+            self._write(f"{name}.crt", self._sign(subject, key.public_key())),
+            self._write(f"{name}.key", private),
+        )
 
     def server(self, demand_certificate: bool) -> ssl.SSLContext:
         """What a server needs to speak https, and to want a certificate of this authority from its clients."""
@@ -179,17 +207,27 @@ class Authority:
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 
-    def _sign(self, subject: x509.Name, key: ec.EllipticCurvePublicKey, authority: bool = False) -> bytes:
+    def _sign(
+        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, authority: bool = False
+    ) -> bytes:
         now = datetime.datetime.now(datetime.UTC)
         hour = datetime.timedelta(hours=1)
         builder = (
-            x509.CertificateBuilder(self._name, subject, key, x509.random_serial_number(), now - hour, now + hour)
+            x509.CertificateBuilder(
+                self._name, subject, key, x509.random_serial_number(), now - hour, now + hour
+            )
             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
-            .add_extension(x509.KeyUsage(not authority, *(False,) * 4, authority, *(False,) * 3), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+                x509.KeyUsage(not authority, *(False,) * 4, authority, *(False,) * 3), critical=True
+            )
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
+                critical=False,
+            )
+            .add_extension(
+                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+                critical=False,
             )
         )
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)

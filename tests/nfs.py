@@ -67,13 +67,16 @@ class Nfs:
 
     def read(self, export: str, name: str, uid: int) -> bytes | None:
         """A file's content as ``uid`` gets it, or None where it gets nothing."""
-        cat = subprocess.run(["nfs-cat", self._url(f"{export}/{name}", uid)], capture_output=True, check=False)
+        cat = subprocess.run(
+            ["nfs-cat", self._url(f"{export}/{name}", uid)], capture_output=True, check=False
+        )
         return cat.stdout if cat.returncode == 0 else None
 
     def may(self, export: str, uid: int, what: str, name: str, *arguments: object) -> bool:
         """Whether the server lets ``uid`` do what libnfs's function ``nfs_<what>`` does.
 
-        Each question comes from a client of its own: libnfs remembers, and the server knows clients by name.
+        Each question comes from a client of its own: libnfs remembers, and the server knows clients
+        by name.
         """
         nfs = ctypes.CDLL(ctypes.util.find_library("nfs"))
         nfs.nfs_init_context.restype = ctypes.c_void_p
@@ -90,7 +93,10 @@ class Nfs:
             nfs.nfs_destroy_context(context)
 
     def may_write(self, export: str, name: str, uid: int) -> bool:
-        """Whether the server says that ``uid`` may write a file. The same right lets it renew the file's times."""
+        """Whether the server says that ``uid`` may write a file.
+
+        The same right lets it renew the file's times.
+        """
         return self.may(export, uid, "access", name, os.W_OK)
 
     def may_create(self, export: str, name: str, uid: int) -> bool:

@@ -1,4 +1,7 @@
-"""``--verify``: what is linked is what was uploaded. Real uploads, real damage, and a cloud that goes on meanwhile."""
+"""``--verify``: what is linked is what was uploaded.
+
+Real uploads, real damage, and a cloud that goes on meanwhile.
+"""
 
 import contextlib
 import fcntl
@@ -52,12 +55,16 @@ def state(node: Node) -> dict[Path, tuple[int, ...]]:
     """All that a run could change of every file."""
     files = {path: path.lstat() for place in (node.images, node.cache) for path in place.iterdir()}
     return {
-        path: (one.st_ino, one.st_mode, one.st_nlink, one.st_mtime_ns, one.st_ctime_ns) for path, one in files.items()
+        path: (one.st_ino, one.st_mode, one.st_nlink, one.st_mtime_ns, one.st_ctime_ns)
+        for path, one in files.items()
     }
 
 
 def verified(node: Node, *during: Callable[[], object]) -> Pass:
-    """A pass with ``--verify`` in this process. ``during`` is called once, when the first step has been read."""
+    """A pass with ``--verify`` in this process.
+
+    ``during`` is called once, when the first step has been read.
+    """
     waiting = list(during)
 
     @contextlib.contextmanager
@@ -79,14 +86,17 @@ def damaged(made: Pass) -> list[str]:
     return [result.image.id for result in made.results if result.verdict.outcome is Outcome.DAMAGED]
 
 
-def test_a_flipped_bit_is_found_and_named_and_nothing_is_touched(node: Node, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_and_named_and_nothing_is_touched(
+    node: Node, tmp_path: Path
+) -> None:
     """An image that is linked, or would be, and is not what was uploaded is damaged, in every report.
 
     An image without a checksum that this Python can compute is counted, one that would not be linked is not read, and
     nothing is unlinked, changed or linked that is damaged.
     """
     images = {
-        name: node.cloud.image(name, CONTENT) for name in ("good", "rotten", "unknown", "none", "signed", "taken")
+        name: node.cloud.image(name, CONTENT)
+        for name in ("good", "rotten", "unknown", "none", "signed", "taken")
     }
     assert node.run("-q").returncode == 0
     node.entry(images["taken"]).unlink()
@@ -103,8 +113,19 @@ def test_a_flipped_bit_is_found_and_named_and_nothing_is_touched(node: Node, tmp
     )
     before = state(node)
     files = {name: str(tmp_path / name) for name in ("log", "metrics")}
-    run = node.run("--verify", "--format", "json", "--log-file", files["log"], "--metrics-file", files["metrics"])
-    found = {image["name"]: (image["outcome"], image["reason"]) for image in json.loads(run.stdout)["images"]}
+    run = node.run(
+        "--verify",
+        "--format",
+        "json",
+        "--log-file",
+        files["log"],
+        "--metrics-file",
+        files["metrics"],
+    )
+    found = {
+        image["name"]: (image["outcome"], image["reason"])
+        for image in json.loads(run.stdout)["images"]
+    }
     seen = hashlib.sha512((node.images / images["new"]).read_bytes()).hexdigest()
     reason = f"sha512 is {seen[:8]}..., Glance says {UPLOADED[:8]}...: see docs/recovery.md"
     assert found == {
@@ -115,17 +136,26 @@ def test_a_flipped_bit_is_found_and_named_and_nothing_is_touched(node: Node, tmp
     }
     assert (run.returncode, state(node)) == (1, before)
     errors = sorted(
-        f"damaged: {images[name]} ({name}) as {node.entry(images[name]).name}: {reason}" for name in ("rotten", "new")
+        f"damaged: {images[name]} ({name}) as {node.entry(images[name]).name}: {reason}"
+        for name in ("rotten", "new")
     )
     assert sorted(run.stderr.replace("ln-images: ", "").splitlines()) == errors
     assert (
-        sorted(line.split(" ", 4)[4] for line in Path(files["log"]).read_text().splitlines() if "ERROR" in line)
+        sorted(
+            line.split(" ", 4)[4]
+            for line in Path(files["log"]).read_text().splitlines()
+            if "ERROR" in line
+        )
         == errors
     )
 
     def metrics() -> dict[str, str]:
         lines = Path(files["metrics"]).read_text().splitlines()
-        return dict(line.split() for line in lines if line.startswith("ln_images_verify") and "timestamp" not in line)
+        return dict(
+            line.split()
+            for line in lines
+            if line.startswith("ln_images_verify") and "timestamp" not in line
+        )
 
     told = {
         "ln_images_verify_damaged": "2.0",

@@ -33,11 +33,21 @@ def one_line(text: str) -> str:
 def inode(path: Path) -> tuple[int, ...]:
     """What a run could change of a file."""
     status = path.lstat()
-    return (status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_nlink, status.st_ctime_ns)
+    return (
+        status.st_ino,
+        status.st_mode,
+        status.st_uid,
+        status.st_gid,
+        status.st_nlink,
+        status.st_ctime_ns,
+    )
 
 
 def test_every_kind_of_image_over_three_passes(node: Node) -> None:
-    """Each image is judged on its own: finished ones are linked, whatever state the others are in."""
+    """Each image is judged on its own.
+
+    Finished ones are linked, whatever state the others are in.
+    """
     cloud = node.cloud
     other = cloud.as_user()
     linked = {
@@ -49,7 +59,8 @@ def test_every_kind_of_image_over_three_passes(node: Node) -> None:
         cloud.image("kernel", DATA, disk_format="aki", container_format="aki"),
     }
     waiting = {name: cloud.create(name) for name in ("queued", "saving", "importing", "uploading")}
-    # One after the other: two writers of one SQLite database that begin together can be in each other's way.
+    # One after the other: two writers of one SQLite database that begin together can be in each
+    # other's way.
     upload = cloud.slow_upload(waiting["saving"], DATA)
     wait_until(lambda: (node.images / waiting["saving"]).exists(), "a file that is being saved")
     stage = cloud.slow_upload(waiting["uploading"], DATA, "stage")
@@ -114,7 +125,10 @@ def test_a_drifted_a_lost_and_an_occupied_link(node: Node) -> None:
 
 
 def test_mode_owner_and_formats_are_what_the_options_say(node: Node) -> None:
-    """--mode and --disk-format, given as options or in the environment, decide; formats are repeatable."""
+    """--mode and --disk-format, given as options or in the environment, decide.
+
+    Formats are repeatable.
+    """
     raw = node.cloud.image("raw", DATA)
     ramdisk = node.cloud.image("ramdisk", DATA, disk_format="ari", container_format="ari")
     assert node.process("--mode", "0444", "--disk-format", "raw").returncode == 0
@@ -140,7 +154,10 @@ def test_a_dry_run_touches_nothing(node: Node) -> None:
 
 
 def test_a_text_report_is_a_table_and_a_summary(node: Node) -> None:
-    """Images present are counted, and listed only with --full, or by id alone with -v; all else is a row."""
+    """Images present are counted, and listed only with --full, or by id alone with -v.
+
+    All else is a row.
+    """
     image = node.cloud.image("debian", DATA)
     queued = node.cloud.create("tomorrow")
     row = f"debian    {image}  active  97.7 KiB  {{}}"
@@ -155,7 +172,10 @@ def test_a_text_report_is_a_table_and_a_summary(node: Node) -> None:
 
 
 def test_a_json_report_is_one_line_of_the_documents_shape(node: Node) -> None:
-    """The document has the fields, the counts and the images of the contract; those present only with -v."""
+    """The document has the fields, the counts and the images of the contract.
+
+    Those present only with -v.
+    """
     image = node.cloud.image("de\u202ebian\n", DATA)
     run = node.process("--format", "json")
     assert run.stdout.count("\n") == 1
@@ -196,18 +216,26 @@ def test_a_json_report_is_one_line_of_the_documents_shape(node: Node) -> None:
 
 
 def test_quiet_prints_nothing_while_all_is_well(node: Node) -> None:
-    """Under -q a pass that fails nothing prints nothing, so that cron sends no mail; JSON tells of changes only."""
+    """Under -q a pass that fails nothing prints nothing, so that cron sends no mail.
+
+    JSON tells of changes only.
+    """
     node.cloud.image("image", DATA)
     node.cloud.create("queued")
     first, second = node.process("-q"), node.run("-q")
-    assert [(run.returncode, run.stdout, run.stderr) for run in (first, second)] == [(0, "", "")] * 2
+    assert [(run.returncode, run.stdout, run.stderr) for run in (first, second)] == [
+        (0, "", "")
+    ] * 2
     assert node.process("-q", "--format", "json").stdout == ""
     node.cloud.image("another", DATA)
     assert json.loads(node.process("-q", "--format", "json").stdout)["counts"]["linked"] == 1
 
 
 def test_the_log_file_tells_what_changed_and_where(node: Node, tmp_path: Path) -> None:
-    """Each change is one line with its time, level and place; a pass in which nothing changes adds none."""
+    """Each change is one line with its time, level and place.
+
+    A pass in which nothing changes adds none.
+    """
     log = tmp_path / "log"
     image = node.cloud.image("two\nlines \x1b[31m", DATA)
     node.process("-q", "--log-file", str(log))
@@ -219,7 +247,9 @@ def test_the_log_file_tells_what_changed_and_where(node: Node, tmp_path: Path) -
     assert re.fullmatch(line, log.read_text())
 
 
-def test_a_refused_and_an_occupied_image_are_warnings_in_the_log_file_alone(node: Node, tmp_path: Path) -> None:
+def test_a_refused_and_an_occupied_image_are_warnings_in_the_log_file_alone(
+    node: Node, tmp_path: Path
+) -> None:
     """Each run of cron logs them again, and cron mails nothing; the log is for root alone."""
     log = tmp_path / "log"
     refused, taken = (node.cloud.image(name, DATA) for name in ("refused", "taken"))
@@ -241,14 +271,20 @@ def test_the_log_file_rotates(node: Node, tmp_path: Path) -> None:
     log.write_bytes(b"x" * (1024 * 1024 - 1))
     node.cloud.image("image", DATA)
     node.process("--log-file", str(log))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", *(f"log.{number}" for number in range(1, 6))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "log",
+        *(f"log.{number}" for number in range(1, 6)),
+    ]
     assert "linked" in log.read_text()
     assert Path(f"{log}.1").stat().st_size == 1024 * 1024 - 1
     assert Path(f"{log}.5").read_text() == "4"
 
 
 def test_a_log_that_cannot_be_opened_now_is_told_beside(node: Node) -> None:
-    """Nothing can be made below /sys: the image is linked all the same, and the status says that something is wrong."""
+    """Nothing can be made below /sys.
+
+    The image is linked all the same, and the status says that something is wrong.
+    """
     image = node.cloud.image("image", DATA)
     run = node.run("-q", "--log-file", "/sys/log")
     assert run.returncode == 2
@@ -313,8 +349,14 @@ def test_configuration_beats_the_lock(node: Node) -> None:
         (["--mode", "0600"], "everybody must read"),
         (["--timeout", "nan"], "--timeout"),
         (["--owner", "no-such-user"], "no-such-user"),
-        (["--images-dir", "/no/such/directory"], "--images-dir /no/such/directory: No such file or directory"),
-        (["--cache-dir", "/no/such/directory"], "--cache-dir /no/such/directory: No such file or directory"),
+        (
+            ["--images-dir", "/no/such/directory"],
+            "--images-dir /no/such/directory: No such file or directory",
+        ),
+        (
+            ["--cache-dir", "/no/such/directory"],
+            "--cache-dir /no/such/directory: No such file or directory",
+        ),
         (["--log-file", "/no/such/directory/log"], "--log-file /no/such/directory/log"),
     ],
 )
@@ -344,7 +386,9 @@ def test_a_report_that_cannot_be_written_takes_nothing_away(
     # The reader of a pipe ends first.
     pause = "sleep 0.5; " if redirection == "| :" else ""
     line = f"{{ {pause}{COMMAND} --format {form}; echo $? >{tmp_path}/status; }} {redirection}"
-    run = subprocess.run(["/bin/sh", "-c", line], env=node.environment(), capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        ["/bin/sh", "-c", line], env=node.environment(), capture_output=True, text=True, check=False
+    )
     assert (tmp_path / "status").read_text() == "0\n"
     assert node.linked(image)
     if "2>&-" not in redirection:
@@ -373,7 +417,9 @@ def test_a_signal_ends_a_run_that_waits_for_the_cloud(node: Node, number: int) -
     with socket.create_server(("127.0.0.1", 0)) as silent:
         process = subprocess.Popen(
             [COMMAND],
-            env=node.environment(OS_AUTH_URL=f"http://127.0.0.1:{silent.getsockname()[1]}/v3", **UNCOVERED),
+            env=node.environment(
+                OS_AUTH_URL=f"http://127.0.0.1:{silent.getsockname()[1]}/v3", **UNCOVERED
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -393,7 +439,10 @@ def catches(process: subprocess.Popen[str], number: int) -> bool:
 
 
 def test_a_signal_at_any_moment_is_one_line(node: Node) -> None:
-    """Whatever is imported or asked when one comes, or two: the run ends with 130 and one line, or was done before."""
+    """Whatever is imported or asked when one comes, or two.
+
+    The run ends with 130 and one line, or was done before.
+    """
     node.cloud.image("image", DATA)
     numbers = itertools.cycle([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     for milliseconds in range(0, 301, 20):
@@ -432,8 +481,13 @@ __main__.start()
 
 
 def test_a_signal_in_what_python_calls_when_an_object_dies_ends_the_run() -> None:
-    """Python drops an exception that is raised there: the run ends all the same, and says so in its one line."""
-    run = subprocess.run([sys.executable, "-c", UNRAISABLE], capture_output=True, text=True, timeout=30, check=False)
+    """Python drops an exception that is raised there.
+
+    The run ends all the same, and says so in its one line.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", UNRAISABLE], capture_output=True, text=True, timeout=30, check=False
+    )
     assert (run.returncode, run.stdout, run.stderr) == (130, "", INTERRUPTED)
 
 
@@ -453,8 +507,13 @@ __main__.start()
 
 
 def test_a_signal_at_the_very_end_leaves_the_status_of_what_was_done() -> None:
-    """While Python takes itself down the run is over: a signal changes neither its status nor what it said."""
-    run = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, timeout=30, check=False)
+    """While Python takes itself down the run is over.
+
+    A signal changes neither its status nor what it said.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", AT_THE_END], capture_output=True, text=True, timeout=30, check=False
+    )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
@@ -462,7 +521,10 @@ def test_under_nohup_the_end_of_a_session_ends_nothing(node: Node) -> None:
     """Where SIGHUP is ignored when the command starts, as nohup(1) has it, it stays so."""
     image = node.cloud.image("image", DATA)
     process = subprocess.Popen(
-        ["nohup", COMMAND, "-q"], env=node.environment(**UNCOVERED), stdin=subprocess.DEVNULL, text=True
+        ["nohup", COMMAND, "-q"],
+        env=node.environment(**UNCOVERED),
+        stdin=subprocess.DEVNULL,
+        text=True,
     )
     wait_until(lambda: catches(process, signal.SIGTERM), "the command to begin")
     process.send_signal(signal.SIGHUP)
@@ -489,9 +551,13 @@ def test_the_module_takes_nothing_from_the_current_directory(tmp_path: Path) -> 
 def begin_linking(node: Node) -> subprocess.Popen[str]:
     """Starts the command and returns when it has made its first links."""
     before = len(node.names())
-    process = subprocess.Popen([COMMAND, "-q"], env=node.environment(**UNCOVERED), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [COMMAND, "-q"], env=node.environment(**UNCOVERED), stderr=subprocess.PIPE, text=True
+    )
     try:
-        wait_until(lambda: len(node.names()) > before + 10 or process.poll() is not None, "the first links")
+        wait_until(
+            lambda: len(node.names()) > before + 10 or process.poll() is not None, "the first links"
+        )
     except BaseException:
         process.kill()
         process.communicate()
@@ -517,7 +583,10 @@ def test_killed_at_any_moment_only_right_names_are_there(node: Node) -> None:
 
 
 def test_a_signal_stops_between_images(node: Node) -> None:
-    """SIGTERM while thousands are linked ends with status 130; every name there is right and marked."""
+    """SIGTERM while thousands are linked ends with status 130.
+
+    Every name there is right and marked.
+    """
     images = node.cloud.add_many(2000)
     process = begin_linking(node)
     process.terminate()
@@ -555,7 +624,12 @@ def test_help_and_version_need_no_cloud() -> None:
         "except SystemExit as e: assert not e.code\n"
         "sys.exit(any(m.startswith(('keystoneauth1', 'glanceclient', 'oslo')) for m in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False
+        ).returncode
+        == 0
+    )
     for flag in ("-h", "--help"):
         assert "Usage: ln-images [OPTIONS]" in subprocess.check_output([COMMAND, flag], text=True)
     version = subprocess.check_output([sys.executable, "-m", "ln_images", "--version"], text=True)

@@ -1,6 +1,9 @@
-"""Hostile and unfinished files through the real command on a real cloud: this table is the specification.
+"""Hostile and unfinished files through the real command on a real cloud.
 
-Every case is an image with a file where Glance would keep it. One run meets them all, beside good images.
+This table is the specification.
+
+Every case is an image with a file where Glance would keep it. One run meets them all, beside good
+images.
 """
 
 import json
@@ -24,7 +27,8 @@ from ln_images.plan import UNKNOWN as UNKNOWN_FILE
 # One run meets the whole corpus, so one worker must have all of its tests.
 pytestmark = pytest.mark.xdist_group("corpus")
 UPPER = "ABCDEF00-8375-44C9-B1F4-3E1F4C4A8EF0"
-# A name that clears the screen, colours it, forges a line, turns the text around and rings the bell.
+# A name that clears the screen, colours it, forges a line, turns the text around and rings the
+# bell.
 EVIL = "\x1b[2J\x1b[31m\r\nlinked: root\u202e\x07\x9b31m\u2028\x00"
 EVIL_FILE = "\x1b]0;evil\x07\n/etc/passwd"
 UNKNOWN = "qcow2 of an unknown version or with unknown features"
@@ -34,7 +38,14 @@ BROKEN_TABLE = "raw with a partition table that is not valid"
 SIGNED = "signed: Nova verifies only what it downloads"
 # What is no column of Glance's table of images.
 PROPERTIES = ("os_glance_importing_to_stores", "img_signature")
-NOVAS = ("ephemeral_1_40d1d2c", "swap_512", ".nova-lock", "0" * 40, "0" * 40 + ".part", "0" * 40 + "_20")
+NOVAS = (
+    "ephemeral_1_40d1d2c",
+    "swap_512",
+    ".nova-lock",
+    "0" * 40,
+    "0" * 40 + ".part",
+    "0" * 40 + "_20",
+)
 
 
 class Case(NamedTuple):
@@ -122,7 +133,9 @@ HOSTILE = {
     "a backing file": refused(
         "qcow2 with a backing file", qemu("qcow2", "-F", "qcow2", "-b", "base"), disk_format="qcow2"
     ),
-    "/etc/passwd as backing file": refused("qcow2 with a backing file", corpus.BACKED, disk_format="qcow2"),
+    "/etc/passwd as backing file": refused(
+        "qcow2 with a backing file", corpus.BACKED, disk_format="qcow2"
+    ),
     "a device as backing file": refused(
         "qcow2 with a backing file",
         qemu("qcow2", "-F", "raw", "-b", 'json:{"driver": "host_device", "filename": "/dev/sda"}'),
@@ -134,7 +147,9 @@ HOSTILE = {
         disk_format="qcow2",
         name=EVIL,
     ),
-    "a data file": refused("qcow2 with an external data file", corpus.DATA_FILE, disk_format="qcow2"),
+    "a data file": refused(
+        "qcow2 with an external data file", corpus.DATA_FILE, disk_format="qcow2"
+    ),
     "a data file and a backing file": refused(
         "qcow2 with a backing file, with an external data file",
         qemu("qcow2", "-F", "raw", "-b", "/etc/passwd", "-o", "data_file=data"),
@@ -142,8 +157,12 @@ HOSTILE = {
     ),
     "the name of a data file alone": refused(NAMED, corpus.NAMES_DATA_FILE, disk_format="qcow2"),
     "qcow2 of version 1": refused(UNKNOWN, qemu("qcow"), disk_format="qcow2"),
-    "extended L2 entries": refused(UNKNOWN, qemu("qcow2", "-o", "extended_l2=on"), disk_format="qcow2"),
-    "a feature nobody knows": refused(UNKNOWN, patched(corpus.QCOW2, {72: b"\x80"}), disk_format="qcow2"),
+    "extended L2 entries": refused(
+        UNKNOWN, qemu("qcow2", "-o", "extended_l2=on"), disk_format="qcow2"
+    ),
+    "a feature nobody knows": refused(
+        UNKNOWN, patched(corpus.QCOW2, {72: b"\x80"}), disk_format="qcow2"
+    ),
     "an empty partition table": refused(BROKEN_TABLE, data(mbr(), MIB)),
     "a broken partition": refused(BROKEN_TABLE, data(mbr(corpus.BROKEN), MIB)),
     "a GPT beside partitions": refused(BROKEN_TABLE, data(mbr(PROTECTIVE, LINUX), MIB)),
@@ -171,7 +190,9 @@ HOSTILE = {
     "a qcow2 shorter than a sector": mistaken("qcow2", "raw", corpus.SHORT_QCOW2),
     "qcow2 and CD in one": mistaken("iso and qcow2", "qcow2", patched(corpus.QCOW2, ISO)),
     "CD and qcow2 in one": mistaken("iso and qcow2", "iso", patched(corpus.BACKED, ISO)),
-    "qcow2 and disk in one": mistaken("gpt and qcow2", "qcow2", patched(corpus.QCOW2, {510: b"\x55\xaa"})),
+    "qcow2 and disk in one": mistaken(
+        "gpt and qcow2", "qcow2", patched(corpus.QCOW2, {510: b"\x55\xaa"})
+    ),
     # What has the image's name is no file.
     "a link to a good file": refused("the file is a symbolic link", link(UPPER)),
     "a link to /etc/shadow": refused("the file is a symbolic link", link("/etc/shadow")),
@@ -192,10 +213,16 @@ HOSTILE = {
     "a file of an empty image": skipped("empty", DISK, size=0),
     "no size": skipped("Glance gives no size", DISK, size=None),
     "no file": skipped("no file here", nothing, size=4096),
-    "no file, for now": waiting("being copied into file", nothing, size=4096, os_glance_importing_to_stores="file"),
-    "a file that is being copied here": waiting("being copied into file", DISK, os_glance_importing_to_stores="file"),
+    "no file, for now": waiting(
+        "being copied into file", nothing, size=4096, os_glance_importing_to_stores="file"
+    ),
+    "a file that is being copied here": waiting(
+        "being copied into file", DISK, os_glance_importing_to_stores="file"
+    ),
     "an image that Nova downloads": Case("waiting", FETCHED, DISK, {}, beside(".part")),
-    "an image that Nova converts": Case("waiting", FETCHED, DISK, {}, beside(".part", ".converted")),
+    "an image that Nova converts": Case(
+        "waiting", FETCHED, DISK, {}, beside(".part", ".converted")
+    ),
     # Glance has not finished it, or offers it no longer; it does not list what is killed.
     "queued": waiting("status queued", DISK, status="queued"),
     "saving": waiting("status saving", DISK, status="saving"),
@@ -212,23 +239,37 @@ HOSTILE = {
     "ploop": skipped("disk format ploop", qemu("parallels"), disk_format="ploop"),
     "no format": skipped("disk format unknown", DISK, disk_format=None),
     # Another has the cache name.
-    "a name taken by the same bytes": occupied("another file of the same size has the cache name", DISK),
+    "a name taken by the same bytes": occupied(
+        "another file of the same size has the cache name", DISK
+    ),
     "a name taken by other bytes": occupied(
         "another file has the cache name, and differs: 5 bytes, the image has 4096", data(b"other")
     ),
-    "a name taken by a link to a good file": occupied("the cache name is a symbolic link", link(f"../images/{UPPER}")),
-    "a name taken by a link to nothing": occupied("the cache name is a symbolic link", link("/no/such/file")),
+    "a name taken by a link to a good file": occupied(
+        "the cache name is a symbolic link", link(f"../images/{UPPER}")
+    ),
+    "a name taken by a link to nothing": occupied(
+        "the cache name is a symbolic link", link("/no/such/file")
+    ),
     "a name taken by a directory": occupied("the cache name is a directory", Path.mkdir),
     "a name taken by a FIFO": occupied("the cache name is a FIFO", node_of(stat.S_IFIFO)),
     "a name taken by a link, and qcow2": occupied(
-        "the cache name is a symbolic link", link("/no/such/file"), corpus.QCOW2, disk_format="qcow2"
+        "the cache name is a symbolic link",
+        link("/no/such/file"),
+        corpus.QCOW2,
+        disk_format="qcow2",
     ),
     "a name taken by a socket, and qcow2": occupied(
         "the cache name is a socket", node_of(stat.S_IFSOCK), corpus.QCOW2, disk_format="qcow2"
     ),
-    "a name taken by Nova's raw copy": occupied(RAW_COPY.reason, DISK, corpus.QCOW2, disk_format="qcow2"),
+    "a name taken by Nova's raw copy": occupied(
+        RAW_COPY.reason, DISK, corpus.QCOW2, disk_format="qcow2"
+    ),
     "a name taken by another qcow2": occupied(
-        "another file of the same size has the cache name", corpus.QCOW2, corpus.QCOW2, disk_format="qcow2"
+        "another file of the same size has the cache name",
+        corpus.QCOW2,
+        corpus.QCOW2,
+        disk_format="qcow2",
     ),
     # Its owner wants Nova to verify it.
     "a signed image": skipped(SIGNED, DISK, img_signature="c2lnbmVk"),
@@ -296,7 +337,14 @@ def state(*places: Path) -> State:
 
     def of(path: Path) -> tuple[object, ...]:
         status = path.lstat()
-        kept = (status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_nlink, status.st_size)
+        kept = (
+            status.st_ino,
+            status.st_mode,
+            status.st_uid,
+            status.st_gid,
+            status.st_nlink,
+            status.st_size,
+        )
         return (*kept, status.st_mtime_ns, status.st_ctime_ns)
 
     return {path: of(path) for root in places for path in (root, *root.rglob("*"))}
@@ -325,13 +373,24 @@ def met(cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Met]
             "more errors": second.stderr,
             "log": log.read_bytes().decode(),
         }
-        yield Met(node, ids, (first.returncode, second.returncode), outcomes, printed, before, between, after)
+        yield Met(
+            node,
+            ids,
+            (first.returncode, second.returncode),
+            outcomes,
+            printed,
+            before,
+            between,
+            after,
+        )
     finally:
         outside.unlink(missing_ok=True)
         cloud.clear()
 
 
-@pytest.mark.parametrize("what", [pytest.param(what, marks=needs_root if what in DEVICES else ()) for what in CASES])
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=needs_root if what in DEVICES else ()) for what in CASES]
+)
 def test_the_outcome_of(met: Met, what: str) -> None:
     """Every image has the outcome and the reason that the table says."""
     case = CASES[what]
@@ -347,7 +406,10 @@ def test_what_is_good_is_linked_all_the_same(met: Met, what: str) -> None:
 
 
 def test_no_tenant_can_make_a_pass_fail(met: Met) -> None:
-    """Whatever tenants upload, nothing fails: the exit status and standard error are the operator's alarm."""
+    """Whatever tenants upload, nothing fails.
+
+    The exit status and standard error are the operator's alarm.
+    """
     assert met.statuses == (0, 0)
     assert "failed" not in met.printed["errors"] + met.printed["more errors"]
     assert set(met.outcomes) == set(met.ids.values())
@@ -360,7 +422,9 @@ def test_nothing_else_has_changed(met: Met) -> None:
     """
     node = met.node
     links = {node.entry(met.ids[what]) for what in GOOD}
-    changed = {path for path in met.before | met.between if met.before.get(path) != met.between.get(path)}
+    changed = {
+        path for path in met.before | met.between if met.before.get(path) != met.between.get(path)
+    }
     assert changed == {node.images / met.ids[what] for what in GOOD} | links | {node.cache}
     assert met.between.keys() - met.before.keys() == links
     assert met.after == met.between

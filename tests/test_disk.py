@@ -29,7 +29,11 @@ DATA = b"\x01" * 5000
 IMAGE = Image(ID, "name", "active", "raw", len(DATA))
 MARKS = (ID.encode(), b"5000")
 OPTIONS = replace(DEFAULTS, disk_formats=("raw",))
-LINKED, PRESENT, REPAIRED = Verdict(Outcome.LINKED), Verdict(Outcome.PRESENT), Verdict(Outcome.REPAIRED)
+LINKED, PRESENT, REPAIRED = (
+    Verdict(Outcome.LINKED),
+    Verdict(Outcome.PRESENT),
+    Verdict(Outcome.REPAIRED),
+)
 
 
 @dataclass
@@ -75,7 +79,14 @@ def fill(directory: Path, make: Callable[[Path], None]) -> None:
 def state(path: Path) -> tuple[int, ...]:
     """All that a run could change of a file, times included."""
     status = path.lstat()
-    return (status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_nlink, status.st_ctime_ns)
+    return (
+        status.st_ino,
+        status.st_mode,
+        status.st_uid,
+        status.st_gid,
+        status.st_nlink,
+        status.st_ctime_ns,
+    )
 
 
 @pytest.fixture
@@ -109,12 +120,19 @@ def test_a_link_is_the_same_inode_with_owner_mode_and_mark(store: Store) -> None
     assert store.settle() == LINKED
     assert store.link.samefile(store.source)
     status = store.link.lstat()
-    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode), status.st_nlink) == (*OWNER, 0o644, 2)
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode), status.st_nlink) == (
+        *OWNER,
+        0o644,
+        2,
+    )
     assert store.marks() == MARKS
 
 
 def test_a_second_pass_changes_nothing(store: Store) -> None:
-    """What is present is not touched: not even its ctime changes, which tells when a base was last used."""
+    """What is present is not touched.
+
+    Not even its ctime changes, which tells when a base was last used.
+    """
     store.settle()
     before = state(store.link)
     assert store.settle() == PRESENT
@@ -132,7 +150,10 @@ def test_a_second_pass_changes_nothing(store: Store) -> None:
         pytest.param(lambda path: os.setxattr(path, MARK, b""), id="empty mark"),
         pytest.param(lambda path: os.removexattr(path, SIZE_MARK), id="size lost"),
         pytest.param(lambda path: os.setxattr(path, SIZE_MARK, b"4999"), id="another size"),
-        pytest.param(lambda path: os.setxattr(path, SIZE_MARK, "\N{SUPERSCRIPT TWO}".encode()), id="size of no number"),
+        pytest.param(
+            lambda path: os.setxattr(path, SIZE_MARK, "\N{SUPERSCRIPT TWO}".encode()),
+            id="size of no number",
+        ),
     ],
 )
 def test_a_link_that_has_drifted_is_repaired(store: Store, drift: Callable[[Path], None]) -> None:
@@ -175,14 +196,20 @@ def test_a_dry_run_says_the_same_and_touches_nothing(store: Store) -> None:
     "occupy",
     [
         pytest.param(lambda path, _: path.write_bytes(b"nova"), id="a file"),
-        pytest.param(lambda path, source: path.write_bytes(source.read_bytes()), id="a copy of the image"),
-        pytest.param(lambda path, source: path.symlink_to(source), id="a symbolic link to the image"),
+        pytest.param(
+            lambda path, source: path.write_bytes(source.read_bytes()), id="a copy of the image"
+        ),
+        pytest.param(
+            lambda path, source: path.symlink_to(source), id="a symbolic link to the image"
+        ),
         pytest.param(lambda path, _: path.symlink_to("nowhere"), id="a dangling symbolic link"),
         pytest.param(lambda path, _: path.mkdir(), id="a directory"),
         pytest.param(lambda path, _: os.mkfifo(path), id="a FIFO"),
     ],
 )
-def test_an_occupied_name_is_never_touched(store: Store, occupy: Callable[[Path, Path], None]) -> None:
+def test_an_occupied_name_is_never_touched(
+    store: Store, occupy: Callable[[Path, Path], None]
+) -> None:
     """Whatever has the cache name already stays as it is, and so does Glance's file."""
     occupy(store.link, store.source)
     before = state(store.link), state(store.source)
@@ -199,7 +226,9 @@ def test_an_unsafe_file_is_refused_before_anything_is_changed(store: Store) -> N
     assert not store.link.exists()
 
 
-def test_a_file_that_vanishes_while_it_is_inspected_is_skipped(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_vanishes_while_it_is_inspected_is_skipped(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An image that is deleted between look and link is no failure."""
 
     def objection(*_: object) -> None:
@@ -233,7 +262,10 @@ def test_a_file_that_vanishes_between_look_and_open_is_skipped(store: Store) -> 
 
 
 def test_what_is_linked_is_what_was_opened(store: Store) -> None:
-    """A source that is swapped for another file after it was checked is not followed: the checked inode is linked."""
+    """A source that is swapped for another file after it was checked is not followed.
+
+    The checked inode is linked.
+    """
     with store.open() as disk, disk.opened(ID) as descriptor:
         store.source.rename(store.images / "checked")
         store.source.symlink_to("/etc/passwd")
@@ -253,7 +285,10 @@ def test_a_name_taken_in_the_last_moment_is_judged_anew(store: Store) -> None:
 
 
 def test_directories_replaced_in_the_middle_of_a_run_lead_nowhere_else(store: Store) -> None:
-    """A run keeps to the directories it opened: new ones under their names get nothing, and nothing is overwritten."""
+    """A run keeps to the directories it opened.
+
+    New ones under their names get nothing, and nothing is overwritten.
+    """
     with store.open() as disk:
         store.images.rename(store.base / "old-images")
         store.cache.rename(store.base / "old-cache")
@@ -271,9 +306,16 @@ def test_a_cache_directory_removed_in_the_middle_of_a_run_fails_the_image(store:
 
 
 def test_the_lock_is_held_and_dropped(store: Store) -> None:
-    """While one run holds the lock another is turned away with a temporary error; afterwards it gets it."""
+    """While one run holds the lock another is turned away with a temporary error.
+
+    Afterwards it gets it.
+    """
     with store.open() as first, store.open() as second:
-        with first.locked(), pytest.raises(AnotherRunError, match=re.escape(str(store.cache))), second.locked():
+        with (
+            first.locked(),
+            pytest.raises(AnotherRunError, match=re.escape(str(store.cache))),
+            second.locked(),
+        ):
             pass
         with second.locked():
             pass
@@ -305,7 +347,9 @@ def test_no_descriptor_is_left_open(store: Store) -> None:
 def test_a_missing_directory_is_named(store: Store, missing: str) -> None:
     """A directory that is not there is a configuration error that names its option and itself."""
     shutil.rmtree(getattr(store, missing))
-    with pytest.raises(ConfigurationError, match=f"--{missing}-dir .*{missing}: No such file or directory"):
+    with pytest.raises(
+        ConfigurationError, match=f"--{missing}-dir .*{missing}: No such file or directory"
+    ):
         store.open()
 
 
@@ -323,15 +367,23 @@ def test_one_directory_cannot_be_both(store: Store) -> None:
 
 @needs_root
 def test_two_file_systems_are_named(store: Store, mount: Mount) -> None:
-    """No hard link crosses file systems: that is said at the start, with both names and the mend."""
+    """No hard link crosses file systems.
+
+    That is said at the start, with both names and the mend.
+    """
     other = mount("-t", "tmpfs", "none")
-    with pytest.raises(ConfigurationError, match=f"{store.images} and {other} are on two file systems"):
+    with pytest.raises(
+        ConfigurationError, match=f"{store.images} and {other} are on two file systems"
+    ):
         Disk(str(store.images), str(other))
 
 
 @needs_root
 def test_two_mounts_of_one_file_system_are_named(store: Store, mount: Mount) -> None:
-    """A bind mount has the same device number, and link(2) refuses it all the same: said at the start, too."""
+    """A bind mount has the same device number, and link(2) refuses it all the same.
+
+    Said at the start, too.
+    """
     other = mount("--bind", str(store.cache))
     assert other.stat().st_dev == store.images.stat().st_dev
     with pytest.raises(OSError, match=os.strerror(errno.EXDEV)):
@@ -342,7 +394,10 @@ def test_two_mounts_of_one_file_system_are_named(store: Store, mount: Mount) -> 
 
 @needs_root
 def test_no_inodes_left_fails_one_image_and_leaves_no_name(mount: Mount) -> None:
-    """A full file system is that image's failure, in the system's words; with room again the next pass links it."""
+    """A full file system is that image's failure, in the system's words.
+
+    With room again the next pass links it.
+    """
     store = Store(mount("-t", "tmpfs", "-o", "size=1m,nr_inodes=8", "none"))
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         fill(store.base, Path.touch)
@@ -365,7 +420,10 @@ def test_a_read_only_file_system_fails_the_image(mount: Mount) -> None:
 
 @needs_root
 def test_too_many_links_fail_the_image(mount: Mount, tmp_path: Path) -> None:
-    """An inode with all the links its file system allows is that image's failure; another image is linked."""
+    """An inode with all the links its file system allows is that image's failure.
+
+    Another image is linked.
+    """
     disk_file = tmp_path / "ext4"
     subprocess.run(["truncate", "--size=16M", disk_file], check=True)
     mkfs = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/sbin:/usr/sbin")
@@ -399,7 +457,8 @@ def test_what_the_user_may_not_do_fails_the_image(store: Store) -> None:
     os.chown(store.cache, 65534, 65534)
     os.chown(store.source, 1, 1)
     store.source.chmod(0o644)
-    # Python itself may lie where only root reads: what it imports on the way it has to have by then.
+    # Python itself may lie where only root reads: what it imports on the way it has to have by
+    # then.
     options = replace(OPTIONS, owner=(65534, 65534))
     store.settle(options=replace(options, dry_run=True))
     os.setegid(65534)

@@ -1,4 +1,7 @@
-"""Passes, made in the tests' own process against the real cloud: what they tell, and what stops none of them."""
+"""Passes, made in the tests' own process against the real cloud.
+
+What they tell, and what stops none of them.
+"""
 
 import contextlib
 import fcntl
@@ -26,7 +29,8 @@ from ln_images.run import Passes
 DATA = b"\1" * 5000
 EMPTY: Variables = {}
 STRANGER = "10000000-0000-4000-8000-000000000000"
-# FS_IOC_FSGETXATTR and FS_IOC_FSSETXATTR of linux/fs.h, FS_XFLAG_PROJINHERIT, and where struct fsxattr has the project.
+# FS_IOC_FSGETXATTR and FS_IOC_FSSETXATTR of linux/fs.h, FS_XFLAG_PROJINHERIT, and where struct
+# fsxattr has the project.
 GETXATTR, SETXATTR, INHERIT = 0x801C581F, 0x401C5820, 0x200
 FSXATTR = struct.Struct("=5I8x")
 
@@ -36,7 +40,9 @@ def no_progress(_label: str, _total: int) -> Any:
     return click.progressbar(length=1, hidden=True)
 
 
-def passes_of(node: Node, variables: Variables = EMPTY, /, progress: Any = no_progress, **options: Any) -> Passes:
+def passes_of(
+    node: Node, variables: Variables = EMPTY, /, progress: Any = no_progress, **options: Any
+) -> Passes:
     """What makes passes on a node."""
     given = {"images_dir": str(node.images), "cache_dir": str(node.cache), **options}
     return Passes(replace(DEFAULTS, **given), connect(node.environment(**variables), 30), progress)
@@ -98,7 +104,9 @@ def test_an_empty_store_of_a_cloud_with_images_is_not_mounted(node: Node, hidden
     node.cloud.create("queued")
     image = node.cloud.image("image", DATA, os_hidden=hidden)
     for options in ({}, {"full": True}, {"dry_run": True}):
-        with pytest.raises(ConfigurationError, match=r"none of them has a file in .*: is its volume mounted"):
+        with pytest.raises(
+            ConfigurationError, match=r"none of them has a file in .*: is its volume mounted"
+        ):
             passes_of(node, images_dir=str(empty), **options).whole()
     node.cloud.image_api().post(f"/images/{image}/actions/deactivate")
     assert Outcome.LINKED not in outcomes(passes_of(node, images_dir=str(empty)).whole()).values()
@@ -125,16 +133,27 @@ def test_files_that_glance_does_not_know_are_told(node: Node) -> None:
     (node.images / STRANGER).write_bytes(DATA)
     made = passes_of(node).whole()
     assert told(made) == {image: (Outcome.LINKED, ""), STRANGER: UNKNOWN}
-    assert [result.image.size for result in made.results if result.image.id == STRANGER] == [len(DATA)]
+    assert [result.image.size for result in made.results if result.image.id == STRANGER] == [
+        len(DATA)
+    ]
     with node.cloud.database() as database:
-        database.execute("UPDATE images SET id = ? WHERE id = ?", (STRANGER.replace("1", "2"), image))
+        database.execute(
+            "UPDATE images SET id = ? WHERE id = ?", (STRANGER.replace("1", "2"), image)
+        )
     assert told(passes_of(node, full=True).whole())[image] == UNKNOWN
 
 
-def test_what_is_odd_is_logged_once_for_as_long_as_it_stands(node: Node, caplog: pytest.LogCaptureFixture) -> None:
-    """Refused and occupied are warnings for the file, damaged and failed are errors; another verdict is told anew."""
+def test_what_is_odd_is_logged_once_for_as_long_as_it_stands(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused and occupied are warnings for the file, damaged and failed are errors.
+
+    Another verdict is told anew.
+    """
     caplog.set_level(logging.INFO)
-    refused, taken, damaged = (node.cloud.image(name, DATA) for name in ("refused", "taken", "damaged"))
+    refused, taken, damaged = (
+        node.cloud.image(name, DATA) for name in ("refused", "taken", "damaged")
+    )
     (node.images / refused).write_bytes(b"QFI\xfb\0\0\0\3" + DATA[8:])
     node.entry(taken).write_bytes(b"nova's")
     passes = passes_of(node, every=1.0)
@@ -148,7 +167,11 @@ def test_what_is_odd_is_logged_once_for_as_long_as_it_stands(node: Node, caplog:
         caplog.clear()
         return found
 
-    assert logged() == {refused: ("WARNING", True), taken: ("WARNING", True), damaged: ("INFO", False)}
+    assert logged() == {
+        refused: ("WARNING", True),
+        taken: ("WARNING", True),
+        damaged: ("INFO", False),
+    }
     os.truncate(node.images / damaged, 1000)
     assert logged() == {damaged: ("ERROR", False)}
     assert logged() == {}
@@ -168,7 +191,10 @@ def test_a_linked_file_that_was_truncated_is_found_in_every_pass(node: Node) -> 
 
 
 def test_an_id_that_was_made_again_fails_with_the_mend(node: Node) -> None:
-    """Servers get the earlier image of the id: that is a failure, and what its reason says to do ends it."""
+    """Servers get the earlier image of the id.
+
+    That is a failure, and what its reason says to do ends it.
+    """
     image = node.cloud.image("first", DATA)
     passes_of(node).whole()
     again = node.cache.with_suffix(".again")
@@ -183,7 +209,9 @@ def test_an_id_that_was_made_again_fails_with_the_mend(node: Node) -> None:
 
 
 @needs_root
-def test_a_link_that_is_repaired_again_and_again_is_told_once(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_link_that_is_repaired_again_and_again_is_told_once(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
     """A process says once that something takes the owner away, whatever is repaired after that."""
     images = [node.cloud.image(str(number), DATA) for number in range(2)]
     passes, warned = passes_of(node, every=1.0), []
@@ -198,18 +226,25 @@ def test_a_link_that_is_repaired_again_and_again_is_told_once(node: Node, caplog
 
 
 @needs_root
-def test_another_owner_of_the_directory_is_told_when_it_changes(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_owner_of_the_directory_is_told_when_it_changes(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
     """At -v the owner of the cache directory is told once, and again when somebody has changed it."""
     caplog.set_level(logging.DEBUG, "ln_images")
     passes = passes_of(node, every=1.0)
     for owner in (0, 0, 42436, 42436):
         os.chown(node.cache, owner, owner)
         assert passes.whole().directory == (owner, owner)
-    assert [record.getMessage().partition(", ")[0].split()[-1] for record in caplog.records] == ["0:0", "42436:42436"]
+    assert [record.getMessage().partition(", ")[0].split()[-1] for record in caplog.records] == [
+        "0:0",
+        "42436:42436",
+    ]
 
 
 @needs_root
-def test_entries_that_cannot_be_looked_at_stop_nothing(node: Node, volume: Callable[..., Path], tmp_path: Path) -> None:
+def test_entries_that_cannot_be_looked_at_stop_nothing(
+    node: Node, volume: Callable[..., Path], tmp_path: Path
+) -> None:
     """On a damaged ext4 each is named and failed (EUCLEAN), known to Glance or not, and the rest is linked."""
     ext4 = volume("mkfs.ext4", "-q")
     broken, taken, good = (node.cloud.image(name, DATA) for name in ("broken", "taken", "good"))
@@ -218,13 +253,21 @@ def test_entries_that_cannot_be_looked_at_stop_nothing(node: Node, volume: Calla
     for name in (broken, taken, good, skipped, STRANGER):
         (images / name).write_bytes(DATA)
     foreign = cache / "foreign"
-    lost = [images / broken, images / skipped, images / STRANGER, cache / node.entry(taken).name, foreign]
+    lost = [
+        images / broken,
+        images / skipped,
+        images / STRANGER,
+        cache / node.entry(taken).name,
+        foreign,
+    ]
     for path in lost[3:]:
         path.touch()
     clear = [f"clri /{path.relative_to(ext4)}" for path in lost]
     subprocess.run(["umount", ext4], check=True)
     for request in clear:
-        subprocess.run(["debugfs", "-w", "-R", request, tmp_path / "device"], check=True, capture_output=True)
+        subprocess.run(
+            ["debugfs", "-w", "-R", request, tmp_path / "device"], check=True, capture_output=True
+        )
     subprocess.run(["mount", "-o", "loop", tmp_path / "device", ext4], check=True)
     reason = "Structure needs cleaning"
     for options in ({}, {"full": True}, {"every": 1.0}):
@@ -233,18 +276,25 @@ def test_entries_that_cannot_be_looked_at_stop_nothing(node: Node, volume: Calla
         made = told(passes.whole())
         assert made.pop(skipped) == (Outcome.SKIPPED, "disk format aki")
         assert made.pop(good)[0] in (Outcome.LINKED, Outcome.PRESENT)
-        assert made == dict.fromkeys((broken, taken, STRANGER, "foreign"), (Outcome.FAILED, reason)), options
+        assert made == dict.fromkeys(
+            (broken, taken, STRANGER, "foreign"), (Outcome.FAILED, reason)
+        ), options
 
 
 def test_two_names_of_one_file_are_two_images(node: Node) -> None:
-    """A tool that links equal files in the store takes no image from the look; the second pass finds both right."""
+    """A tool that links equal files in the store takes no image from the look.
+
+    The second pass finds both right.
+    """
     one, two, three = (node.cloud.image(name, DATA) for name in ("one", "two", "three"))
     for other in (two, three):
         (node.images / other).unlink()
         os.link(node.images / one, node.images / other)
     assert outcomes(passes_of(node).whole()) == dict.fromkeys((one, two, three), Outcome.LINKED)
     for options in ({}, {"full": True}):
-        assert outcomes(passes_of(node, **options).whole()) == dict.fromkeys((one, two, three), Outcome.PRESENT)
+        assert outcomes(passes_of(node, **options).whole()) == dict.fromkeys(
+            (one, two, three), Outcome.PRESENT
+        )
     assert all(node.linked(image) for image in (one, two, three))
 
 
@@ -260,7 +310,10 @@ def test_a_directory_whose_inodes_are_not_those_of_its_files(node: Node, tmp_pat
     images = [node.cloud.image(str(number), DATA) for number in range(3)]
     for name in ("lower", "upper", "merged"):
         (tmp_path / name).mkdir()
-    with mounted(tmp_path / "lower", "-t", "tmpfs", "none"), mounted(tmp_path / "upper", "-t", "tmpfs", "none"):
+    with (
+        mounted(tmp_path / "lower", "-t", "tmpfs", "none"),
+        mounted(tmp_path / "upper", "-t", "tmpfs", "none"),
+    ):
         for directory in ("lower/images", "upper/work", "upper/files"):
             (tmp_path / directory).mkdir()
         (tmp_path / "lower" / "cache").mkdir()
@@ -270,7 +323,9 @@ def test_a_directory_whose_inodes_are_not_those_of_its_files(node: Node, tmp_pat
         with mounted(tmp_path / "merged", "-t", "overlay", "-o", layers, "none") as merged:
             store = merged / "images"
             differ = inodes_differ(store)
-            assert outcomes(passes_of(node, **on(merged)).whole()) == dict.fromkeys(images, Outcome.LINKED)
+            assert outcomes(passes_of(node, **on(merged)).whole()) == dict.fromkeys(
+                images, Outcome.LINKED
+            )
             assert differ or inodes_differ(store), "no such file system"
             for options in ({}, {"full": True}):
                 second = passes_of(node, **on(merged), **options).whole()
@@ -285,14 +340,21 @@ def project(path: Path, number: int) -> None:
         fcntl.ioctl(descriptor, GETXATTR, fields)
         flags, extent, extents, _, cow = FSXATTR.unpack(fields)
         inherit = INHERIT if path.is_dir() else 0
-        fcntl.ioctl(descriptor, SETXATTR, FSXATTR.pack(flags | inherit, extent, extents, number, cow))
+        fcntl.ioctl(
+            descriptor, SETXATTR, FSXATTR.pack(flags | inherit, extent, extents, number, cow)
+        )
     finally:
         os.close(descriptor)
 
 
 @needs_root
-def test_a_project_quota_is_told_before_anything_is_changed(node: Node, volume: Callable[..., Path]) -> None:
-    """Where the cache inherits another project than the files', no link can be made: one fault, and none gives way."""
+def test_a_project_quota_is_told_before_anything_is_changed(
+    node: Node, volume: Callable[..., Path]
+) -> None:
+    """Where the cache inherits another project than the files', no link can be made.
+
+    One fault, and none gives way.
+    """
     xfs = volume("mkfs.xfs", "-q")
     image = node.cloud.image("image", DATA)
     file = xfs / "images" / image
@@ -300,7 +362,9 @@ def test_a_project_quota_is_told_before_anything_is_changed(node: Node, volume: 
     before = file.stat()
     project(xfs / "cache", 7)
     for options in ({}, {"dry_run": True}):
-        with pytest.raises(ConfigurationError, match=r"under a project quota \(project 7\).*put both directories"):
+        with pytest.raises(
+            ConfigurationError, match=r"under a project quota \(project 7\).*put both directories"
+        ):
             passes_of(node, **on(xfs), **options).whole()
     assert file.stat() == before
     project(file, 7)

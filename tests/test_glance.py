@@ -53,10 +53,14 @@ FAULTS = {
             for service in ("Keystone", "Glance")
             for name in FAULTS
         ),
-        pytest.param("Glance", 2, Answer(401, b'{"message": "no", "code": 1}'), id="Glance: a gateway's 401"),
+        pytest.param(
+            "Glance", 2, Answer(401, b'{"message": "no", "code": 1}'), id="Glance: a gateway's 401"
+        ),
     ],
 )
-def test_a_service_that_breaks(node: Node, front: Front, service: str, status: int, answer: Answer) -> None:
+def test_a_service_that_breaks(
+    node: Node, front: Front, service: str, status: int, answer: Answer
+) -> None:
     """Whatever comes in place of a token or a list, it is one line, the right status, and nothing is touched."""
     glance, region = front(lambda path: answer if service == "Glance" else path)
     rule: Rule = lambda path: answer if service == "Keystone" and path.endswith("/tokens") else path  # noqa: E731
@@ -87,7 +91,9 @@ def soon(answer: Answer) -> tuple[str, ...]:
 )
 def test_a_glance_of_another_shape(node: Node, front: Front, body: str) -> None:
     """JSON that is no list of images is not taken for one."""
-    _, region = front(lambda path: Answer(200, body.encode()) if path.startswith("/v2/images") else path)
+    _, region = front(
+        lambda path: Answer(200, body.encode()) if path.startswith("/v2/images") else path
+    )
     assert "Glance" in refusal(node, 75, region)
 
 
@@ -99,7 +105,8 @@ def test_a_cloud_that_is_down(node: Node, front: Front) -> None:
     assert "Keystone" in refusal(node, 75, {"OS_AUTH_URL": f"{server.url}/v3"})
 
 
-# Listings in pages of two images, as the real Glance makes them, for PAGE_SIZE is more than a test makes
+# Listings in pages of two images, as the real Glance makes them, for PAGE_SIZE is more than a test
+# makes
 
 
 def small(path: str) -> str:
@@ -118,7 +125,10 @@ PAGES: dict[str, tuple[int, Rule]] = {
     "is cut short": (75, on_page_two(Answer(200, b'{"images": []', missing=9))),
     "is of another shape": (75, on_page_two(Answer(200, b'{"images": [1]}'))),
     "repeats page one": (75, lambda path: re.sub("&marker=[^&]*", "", small(path))),
-    "is the hidden images', and fails": (75, lambda path: Answer(503) if "os_hidden" in path else path),
+    "is the hidden images', and fails": (
+        75,
+        lambda path: Answer(503) if "os_hidden" in path else path,
+    ),
 }
 
 
@@ -127,20 +137,27 @@ def test_every_page_is_read(node: Node, front: Front) -> None:
     images = [*node.cloud.add_many(5), node.cloud.image("hidden", DATA, os_hidden=True)]
     server, region = front(small)
     ended = run(node, region, "--full", secrets=server.secrets)
-    assert (ended.returncode, [image for image in images if not node.linked(image)]) == (0, []), ended.stderr
+    assert (ended.returncode, [image for image in images if not node.linked(image)]) == (0, []), (
+        ended.stderr
+    )
     assert sum("marker=" in path for path in server.paths) >= 2
 
 
 @pytest.mark.parametrize(("status", "rule"), PAGES.values(), ids=PAGES)
 def test_a_page_that_breaks(node: Node, front: Front, status: int, rule: Rule) -> None:
-    """A list is whole or it is nothing: where one page fails, no image of the other pages is linked."""
+    """A list is whole or it is nothing.
+
+    Where one page fails, no image of the other pages is linked.
+    """
     node.cloud.add_many(5)
     assert "Glance" in refusal(node, status, front(rule)[1], "--full")
 
 
 def test_pages_without_end(node: Node, front: Front) -> None:
     """A page that brings nothing but a next one ends the listing, at the first, and not by the clock."""
-    glance, region = front(lambda path: Answer(200, json.dumps({"images": [], "next": path}).encode()))
+    glance, region = front(
+        lambda path: Answer(200, json.dumps({"images": [], "next": path}).encode())
+    )
     assert "brings nothing: its paging is broken" in refusal(node, 75, region)
     assert len(glance.paths) == 1
 
@@ -157,7 +174,13 @@ def test_a_group_of_ids_that_breaks(node: Node, front: Front) -> None:
 def test_odd_fields_on_the_wire(node: Node, front: Front) -> None:
     """An image whose fields are not of Glance's types is skipped, and reported on one line, in plain characters."""
     (image,) = node.cloud.add_many(1)
-    odd = {"id": image, "name": "\ud800\n\x1b[2J", "status": "active", "disk_format": "raw", "size": True}
+    odd = {
+        "id": image,
+        "name": "\ud800\n\x1b[2J",
+        "status": "active",
+        "disk_format": "raw",
+        "size": True,
+    }
     body = json.dumps({"images": [odd]}).encode()
     _, region = front(lambda path: Answer(200, body) if path.startswith("/v2/images") else path)
     ended = run(node, region)
@@ -166,7 +189,8 @@ def test_odd_fields_on_the_wire(node: Node, front: Front) -> None:
     assert "Glance gives no size" in ended.stdout
 
 
-# Answers that bring nothing, never end, or ask to wait: the rooms below, without a run of the command
+# Answers that bring nothing, never end, or ask to wait: the rooms below, without a run of the
+# command
 
 
 @contextlib.contextmanager
@@ -180,7 +204,11 @@ BOMB = gzip.compress(bytes(200 * 1024 * 1024), 1)
 ENDLESS = {
     "drips": (Answer(body=b" ", again=0.01), 0.5, "Glance has not answered whole within 1 s"),
     "never ends": (Answer(body=b" " * 2**20, again=0.0), 20.0, "an answer of more than 64 MiB"),
-    "is a bomb": (Answer(body=BOMB, headers={"Content-Encoding": "gzip"}), 20.0, "an answer of more than 64 MiB"),
+    "is a bomb": (
+        Answer(body=BOMB, headers={"Content-Encoding": "gzip"}),
+        20.0,
+        "an answer of more than 64 MiB",
+    ),
     "is silent": (Answer(0, hang=True), 0.5, "Glance "),
 }
 
@@ -188,7 +216,10 @@ ENDLESS = {
 @pytest.mark.parametrize(("answer", "timeout", "told"), ENDLESS.values(), ids=ENDLESS)
 def test_an_answer_without_end(answer: Answer, timeout: float, told: str) -> None:
     """A body has a bound, unpacked, and a question one deadline, twice --timeout, which its message names."""
-    with asking_glance(lambda _: answer, timeout) as (_, glance), pytest.raises(TemporaryError, match=told):
+    with (
+        asking_glance(lambda _: answer, timeout) as (_, glance),
+        pytest.raises(TemporaryError, match=told),
+    ):
         glance.images()
 
 
@@ -202,13 +233,18 @@ LOOPS: dict[str, Any] = {
 def test_a_page_that_brings_nothing_new_ends_the_listing(page: Any) -> None:
     """Where `next` leads round and round, it is told by the second page at the latest, not by the clock."""
     rule: Rule = lambda _: Answer(body=json.dumps(page).encode())  # noqa: E731
-    with asking_glance(rule) as (server, glance), pytest.raises(TemporaryError, match="its paging is broken"):
+    with (
+        asking_glance(rule) as (server, glance),
+        pytest.raises(TemporaryError, match="its paging is broken"),
+    ):
         glance.images()
     assert len([path for path in server.paths if path.startswith("/v2/images?")]) <= 2
 
 
 @pytest.mark.parametrize("status", [429, 503])
-@pytest.mark.parametrize(("wait", "hint"), [("7", ", it asks to wait 7 s"), ("a while", ""), (None, "")])
+@pytest.mark.parametrize(
+    ("wait", "hint"), [("7", ", it asks to wait 7 s"), ("a while", ""), (None, "")]
+)
 def test_a_busy_glance_is_named_as_such(status: int, wait: str | None, hint: str) -> None:
     """429 and 503 are told with their number, and with the seconds of Retry-After where it has some."""
     headers = {} if wait is None else {"Retry-After": wait}
@@ -220,12 +256,25 @@ def test_a_busy_glance_is_named_as_such(status: int, wait: str | None, hint: str
 
 @pytest.mark.parametrize(
     "body",
-    ['{"images": {}}', '{"images": "none"}', '{"images": null}', "{}", "[]", "null", '"images"', "1", '{"a": [1]}'],
+    [
+        '{"images": {}}',
+        '{"images": "none"}',
+        '{"images": null}',
+        "{}",
+        "[]",
+        "null",
+        '"images"',
+        "1",
+        '{"a": [1]}',
+    ],
 )
 @pytest.mark.parametrize("ids", [None, ["10000000-0000-4000-8000-000000000000"]])
 def test_an_answer_that_is_no_list_cannot_be_trusted(body: str, ids: list[str] | None) -> None:
     """Whatever is no list of images is no empty list of images: status 75."""
-    with asking_glance(lambda _: Answer(body=body.encode())) as (_, glance), pytest.raises(TemporaryError) as error:
+    with (
+        asking_glance(lambda _: Answer(body=body.encode())) as (_, glance),
+        pytest.raises(TemporaryError) as error,
+    ):
         glance.images(ids)
     assert error.value.exit_status == 75
 
@@ -241,12 +290,21 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-OPTIONAL = dict.fromkeys(FIELDS[1:], TEXT | VALUES) | {"size": st.integers() | st.booleans() | VALUES, "self": VALUES}
+OPTIONAL = dict.fromkeys(FIELDS[1:], TEXT | VALUES) | {
+    "size": st.integers() | st.booleans() | VALUES,
+    "self": VALUES,
+}
 
 
-@given(st.fixed_dictionaries({"id": TEXT}, optional=OPTIONAL) | st.dictionaries(st.sampled_from(FIELDS), VALUES))
+@given(
+    st.fixed_dictionaries({"id": TEXT}, optional=OPTIONAL)
+    | st.dictionaries(st.sampled_from(FIELDS), VALUES)
+)
 def test_any_json_object_is_an_image_or_a_temporary_error(fields: dict[str, Any]) -> None:
-    """Fields of Glance's types are taken as they are, any other counts as empty; only a lack of an id is an error."""
+    """Fields of Glance's types are taken as they are, any other counts as empty.
+
+    Only a lack of an id is an error.
+    """
     document = json.loads(json.dumps(fields))
     if type(fields.get("id")) is not str:
         with pytest.raises(TemporaryError):
@@ -254,7 +312,9 @@ def test_any_json_object_is_an_image_or_a_temporary_error(fields: dict[str, Any]
         return
     image, size = image_of(document), fields.get("size")
     texts = (image.id, image.name, image.status, image.disk_format, image.importing_to)
-    assert texts == tuple(fields[key] if type(fields.get(key)) is str else "" for key in FIELDS[:-1])
+    assert texts == tuple(
+        fields[key] if type(fields.get(key)) is str else "" for key in FIELDS[:-1]
+    )
     assert image.size == (size if type(size) is int and size >= 0 else None)
     assert type(image.size) in (int, type(None))
 
@@ -263,7 +323,9 @@ def test_a_404_of_keystone_is_not_glances(node: Node, front: Front) -> None:
     """Where a token has to be renewed while one image is asked for, only Glance's 404 says that there is none."""
     image = node.cloud.image("image", DATA)
     armed: list[bool] = []
-    _, region = front(lambda path: Answer(401, b"{}") if armed and path == f"/v2/images/{image}" else path)
+    _, region = front(
+        lambda path: Answer(401, b"{}") if armed and path == f"/v2/images/{image}" else path
+    )
     rule: Rule = lambda path: Answer(404, b"{}") if armed and path.endswith("/tokens") else path  # noqa: E731
     with Faulty(node.cloud.keystone, rule) as keystone:
         glance = Glance(connect(node.environment(**region, OS_AUTH_URL=f"{keystone.url}/v3"), 5))

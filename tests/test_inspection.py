@@ -35,7 +35,9 @@ VERSION_2 = {7: b"\2"}
 
 def extensions(offset: int, *found: tuple[int, bytes]) -> dict[int, bytes]:
     """What puts extensions at an offset of a header."""
-    padded = (struct.pack(">II", kind, len(text)) + text + bytes(-len(text) % 8) for kind, text in found)
+    padded = (
+        struct.pack(">II", kind, len(text)) + text + bytes(-len(text) % 8) for kind, text in found
+    )
     return {offset: b"".join(padded)}
 
 
@@ -58,7 +60,9 @@ def judge(path: Path, disk_format: str) -> str | None:
 def taken_for(path: str, *descriptors: int) -> dict[str, object] | None:
     """What QEMU takes a file for when nobody tells it, or None where it cannot open it."""
     command = ["qemu-img", "info", "--force-share", "--output=json", path]
-    run = subprocess.run(command, capture_output=True, pass_fds=descriptors, timeout=60, check=False)
+    run = subprocess.run(
+        command, capture_output=True, pass_fds=descriptors, timeout=60, check=False
+    )
     return json.loads(run.stdout) if run.returncode == 0 else None
 
 
@@ -70,7 +74,10 @@ ACCEPTED: dict[str, tuple[str, Make]] = {
     "a text": ("raw", data(b"#!/bin/sh\necho hello\n" * 1000)),
     "a short text": ("raw", data(b"#cloud-config\n")),
     "an ext4 file system": ("raw", patched(data(size=MIB), {1080: b"\x53\xef"})),
-    "a FAT file system": ("raw", data(b"\xeb\x3c\x90".ljust(16) + b"\2".ljust(5) + b"\xf8".ljust(489) + b"\x55\xaa")),
+    "a FAT file system": (
+        "raw",
+        data(b"\xeb\x3c\x90".ljust(16) + b"\2".ljust(5) + b"\xf8".ljust(489) + b"\x55\xaa"),
+    ),
     "a partitioned disk": ("raw", data(mbr(LINUX), MIB)),
     "a disk with four partitions": ("raw", data(mbr(*[LINUX] * 4), MIB)),
     "a GPT disk": ("raw", data(GPT, MIB)),
@@ -93,7 +100,11 @@ ACCEPTED: dict[str, tuple[str, Make]] = {
     ),
     "qcow2 with every harmless feature": (
         "qcow2",
-        qemu("qcow2", "-o", "compression_type=zstd,lazy_refcounts=on,preallocation=metadata,cluster_size=2M"),
+        qemu(
+            "qcow2",
+            "-o",
+            "compression_type=zstd,lazy_refcounts=on,preallocation=metadata,cluster_size=2M",
+        ),
     ),
 }
 
@@ -123,8 +134,16 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
         "qcow2 with a backing file",
     ),
     "the name of a data file": ("qcow2", corpus.NAMES_DATA_FILE, NAMED),
-    "the name of a data file, 2010": ("qcow2", patched(corpus.QCOW2, VERSION_2, extensions(72, DATA_FILE)), NAMED),
-    "the name of a data file behind others": ("qcow2", patched(corpus.QCOW2, extensions(112, ODD, DATA_FILE)), NAMED),
+    "the name of a data file, 2010": (
+        "qcow2",
+        patched(corpus.QCOW2, VERSION_2, extensions(72, DATA_FILE)),
+        NAMED,
+    ),
+    "the name of a data file behind others": (
+        "qcow2",
+        patched(corpus.QCOW2, extensions(112, ODD, DATA_FILE)),
+        NAMED,
+    ),
     "the name of a data file at the end of a cluster": (
         "qcow2",
         patched(corpus.QCOW2, extensions(112, (1, bytes(64 * KIB - 112 - 8 - 16)), DATA_FILE)),
@@ -142,7 +161,11 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
         "qcow2 with a backing file, with an external data file",
     ),
     "version 1": ("qcow2", qemu("qcow"), "qcow2 of an unknown version or with unknown features"),
-    "version 4": ("qcow2", patched(corpus.QCOW2, {7: b"\4"}), "qcow2 of an unknown version or with unknown features"),
+    "version 4": (
+        "qcow2",
+        patched(corpus.QCOW2, {7: b"\4"}),
+        "qcow2 of an unknown version or with unknown features",
+    ),
     "extended L2 entries": (
         "qcow2",
         qemu("qcow2", "-o", "extended_l2=on"),
@@ -153,14 +176,26 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
         patched(corpus.QCOW2, {72: b"\x80"}),
         "qcow2 of an unknown version or with unknown features",
     ),
-    "an empty partition table": ("raw", data(mbr(), MIB), "raw with a partition table that is not valid"),
-    "a broken partition": ("raw", data(mbr(corpus.BROKEN), MIB), "raw with a partition table that is not valid"),
+    "an empty partition table": (
+        "raw",
+        data(mbr(), MIB),
+        "raw with a partition table that is not valid",
+    ),
+    "a broken partition": (
+        "raw",
+        data(mbr(corpus.BROKEN), MIB),
+        "raw with a partition table that is not valid",
+    ),
     "a GPT beside partitions": (
         "raw",
         data(mbr(PROTECTIVE, LINUX), MIB),
         "raw with a partition table that is not valid",
     ),
-    "a kernel as a disk": ("raw", data(corpus.KERNEL, MIB), "raw with a partition table that is not valid"),
+    "a kernel as a disk": (
+        "raw",
+        data(corpus.KERNEL, MIB),
+        "raw with a partition table that is not valid",
+    ),
     "qcow2 as raw": ("raw", corpus.QCOW2, but("qcow2", "raw")),
     "qcow2 as a kernel": ("aki", corpus.BACKED, but("qcow2", "aki")),
     "qcow2 as a ramdisk": ("ari", corpus.BACKED, but("qcow2", "ari")),
@@ -181,13 +216,21 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
     "LUKS as raw": ("raw", corpus.LUKS, but("luks", "raw")),
     "qcow2 and CD in one": ("qcow2", patched(corpus.QCOW2, ISO), but("iso and qcow2", "qcow2")),
     "CD and qcow2 in one": ("iso", patched(corpus.QCOW2, ISO), but("iso and qcow2", "iso")),
-    "qcow2 and disk in one": ("qcow2", patched(corpus.QCOW2, {510: b"\x55\xaa"}), but("gpt and qcow2", "qcow2")),
+    "qcow2 and disk in one": (
+        "qcow2",
+        patched(corpus.QCOW2, {510: b"\x55\xaa"}),
+        but("gpt and qcow2", "qcow2"),
+    ),
     "CD, disk and vmdk in one": (
         "iso",
         patched(qemu("vmdk"), {510: b"\x55\xaa"}, ISO),
         but("gpt and iso and vmdk", "iso"),
     ),
-    "text of a vmdk as raw": ("raw", qemu("vmdk", "-o", "subformat=monolithicFlat"), but("vmdk", "raw")),
+    "text of a vmdk as raw": (
+        "raw",
+        qemu("vmdk", "-o", "subformat=monolithicFlat"),
+        but("vmdk", "raw"),
+    ),
     "tables of vhdx far away": ("raw", corpus.VHDX_FAR_AWAY, but("vhdx", "raw")),
     "tables of vmdk far away": ("raw", corpus.VMDK_WITH_FOOTER, but("vmdk", "raw")),
     # What the library takes for raw and QEMU does not.
@@ -195,7 +238,11 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
     "a vmdk of version 3 with a parent": ("raw", corpus.VMDK_3, but("vmdk", "raw")),
     "a vmdk that gives its type late": ("raw", corpus.VMDK_LATE, but("vmdk", "raw")),
     "a vmdk that gives its type oddly": ("raw", corpus.VMDK_ODD, but("vmdk", "raw")),
-    "a vmdk as a CD": ("iso", patched(data(b"version=1\n", 64 * KIB), ISO), but("iso and vmdk", "iso")),
+    "a vmdk as a CD": (
+        "iso",
+        patched(data(b"version=1\n", 64 * KIB), ISO),
+        but("iso and vmdk", "iso"),
+    ),
     "three bytes, which QEMU fills up with zeros": ("raw", data(b"QED"), but("qed", "raw")),
 }
 
@@ -282,7 +329,10 @@ def test_the_descriptors_offset_is_neither_used_nor_moved(tmp_path: Path, offset
     ],
 )
 def test_no_bytes_of_the_file_are_in_a_reason(tmp_path: Path, disk_format: str, make: Make) -> None:
-    """A reason is made of the tool's own words: a tenant can put nothing into a log or a terminal."""
+    """A reason is made of the tool's own words.
+
+    A tenant can put nothing into a log or a terminal.
+    """
     make(tmp_path / "image")
     reason = judge(tmp_path / "image", disk_format) or ""
     assert re.fullmatch(r"[A-Za-z0-9_ ,():]*", reason)
@@ -290,7 +340,10 @@ def test_no_bytes_of_the_file_are_in_a_reason(tmp_path: Path, disk_format: str, 
 
 
 def test_a_file_that_cannot_be_read_is_the_systems_fault(tmp_path: Path) -> None:
-    """An error of the operating system is not an objection: it is raised, and becomes the image's failed outcome."""
+    """An error of the operating system is not an objection.
+
+    It is raised, and becomes the image's failed outcome.
+    """
     with opened(tmp_path) as descriptor, pytest.raises(IsADirectoryError):
         objection(descriptor, "raw")
 
@@ -314,7 +367,9 @@ HEADS: dict[str, Make] = {what: make for what, (_, make) in ACCEPTED.items()} | 
     "noise": corpus.NOISE,
 }
 some_head = st.sampled_from(sorted(HEADS))
-edits = st.dictionaries(st.integers(0, 128) | st.integers(0, 64 * KIB), st.binary(min_size=1, max_size=8), max_size=4)
+edits = st.dictionaries(
+    st.integers(0, 128) | st.integers(0, 64 * KIB), st.binary(min_size=1, max_size=8), max_size=4
+)
 lengths = st.none() | st.integers(0, 600) | st.integers(0, 300 * KIB)
 
 
@@ -378,7 +433,8 @@ MAGIC = (
     b"LUKS\xba\xbe",
     b"# Disk DescriptorFile\nversion=1\n",
 )
-# So many files are made; after a minute it is enough, if so many were accepted and QEMU was asked about them.
+# So many files are made; after a minute it is enough, if so many were accepted and QEMU was asked
+# about them.
 MUTATIONS, AT_MOST_SECONDS, AT_LEAST_ASKED = 3000, 60, 300
 
 
@@ -386,14 +442,22 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
     """``content`` with a few fields changed where formats have theirs, another's magic put in, or its end cut off."""
     changes: dict[int, bytes] = {}
     for _ in range(chance.randint(1, 3)):
-        offset = chance.choice([chance.randrange(128), 4 * chance.randrange(64), chance.randrange(64 * KIB)])
-        small = chance.choice([0, 1, 2, 4, 8, 0x70, 0x200, 0x10000, 0x44415441, 0xE2792ACA, 0xFFFFFFFF])
-        field = chance.choice([struct.pack(">I", small), struct.pack("<I", small), chance.randbytes(1)])
+        offset = chance.choice(
+            [chance.randrange(128), 4 * chance.randrange(64), chance.randrange(64 * KIB)]
+        )
+        small = chance.choice(
+            [0, 1, 2, 4, 8, 0x70, 0x200, 0x10000, 0x44415441, 0xE2792ACA, 0xFFFFFFFF]
+        )
+        field = chance.choice(
+            [struct.pack(">I", small), struct.pack("<I", small), chance.randbytes(1)]
+        )
         changes[offset] = field
     if chance.random() < 0.1:
         changes[0] = chance.choice(MAGIC)
     return edited(
-        content, changes, chance.choice([None, None, None, chance.randrange(1, 600), chance.randrange(1, 70 * KIB)])
+        content,
+        changes,
+        chance.choice([None, None, None, chance.randrange(1, 600), chance.randrange(1, 70 * KIB)]),
     )
 
 
@@ -410,7 +474,9 @@ def test_what_is_accepted_qemu_takes_for_the_same(heads: Path) -> None:
         kind = chance.randrange(len(kinds))
         with in_memory(mutated(kinds[kind], chance)) as descriptor:
             # A machine image is judged as a raw disk is, and a ramdisk as a kernel.
-            judged = (one for one in ("qcow2", "raw", "iso", "aki") if objection(descriptor, one) is None)
+            judged = (
+                one for one in ("qcow2", "raw", "iso", "aki") if objection(descriptor, one) is None
+            )
             said = next(judged, None)
             # What is raw in a dull way is not asked about each time.
             if said is None or (said != "qcow2" and chance.random() < 0.6):
@@ -447,13 +513,17 @@ def resident(path: Path) -> set[int]:
     with opened(path) as descriptor, mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY) as mapped:
         pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
         first = ctypes.c_char.from_buffer(mapped)
-        fault = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), pages)
+        fault = ctypes.CDLL(None).mincore(
+            ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), pages
+        )
         del first
     assert not fault
     return {number for number, page in enumerate(pages) if page & 1}
 
 
-@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4 * MIB - 1, 4 * MIB, 4 * MIB + 513, 9 * MIB + 1])
+@pytest.mark.parametrize(
+    "size", [0, 1, 4095, 4096, 4 * MIB - 1, 4 * MIB, 4 * MIB + 513, 9 * MIB + 1]
+)
 @pytest.mark.parametrize("cold", [True, False])
 def test_a_digest_is_of_every_byte(tmp_path: Path, size: int, cold: bool) -> None:
     """Whatever the size, and wherever its content is, a file has the digest that hashlib has for it."""
@@ -492,7 +562,10 @@ def test_a_file_system_that_knows_neither_way_is_read_all_the_same(tmp_path: Pat
             os.open(tmp_path / "file", os.O_RDONLY | os.O_DIRECT)
         with opened(tmp_path / "file") as descriptor, pytest.raises(OSError, match="not supported"):
             os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
-        assert sha512(tmp_path / "file") == (hashlib.sha512(MARKER * MIB).hexdigest(), len(MARKER) * MIB)
+        assert sha512(tmp_path / "file") == (
+            hashlib.sha512(MARKER * MIB).hexdigest(),
+            len(MARKER) * MIB,
+        )
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
 

@@ -55,8 +55,13 @@ def test_the_base_of_a_disk_is_found(server: Path) -> None:
         "json:{{'driver':'raw','file':{{'driver':'file','filename':'{base}'}}}}",
     ],
 )
-def test_whatever_way_a_disk_names_its_base_it_is_found(server: Path, name: str, version: str) -> None:
-    """A base that Nova once resized by itself, QEMU's json: with the path inside, and the older form of qcow2."""
+def test_whatever_way_a_disk_names_its_base_it_is_found(
+    server: Path, name: str, version: str
+) -> None:
+    """A base that Nova once resized by itself, QEMU's json.
+
+    With the path inside, and the older form of qcow2.
+    """
     base = server.parent.parent / NAME
     base.with_name(f"{NAME}_20").write_bytes(b"")
     (server / "disk").unlink()
@@ -69,25 +74,50 @@ def test_whatever_way_a_disk_names_its_base_it_is_found(server: Path, name: str,
     ("make", "told"),
     [
         pytest.param(
-            lambda s1: qemu_img("create", "-f", "qcow2", "-b", s1 / "disk", "-F", "qcow2", s1 / "disk.swap"),
+            lambda s1: qemu_img(
+                "create", "-f", "qcow2", "-b", s1 / "disk", "-F", "qcow2", s1 / "disk.swap"
+            ),
             True,
             id="a chain",
         ),
-        pytest.param(lambda s1: qemu_img("create", "-f", "raw", s1 / "disk.eph0", "1M"), True, id="a raw disk"),
+        pytest.param(
+            lambda s1: qemu_img("create", "-f", "raw", s1 / "disk.eph0", "1M"),
+            True,
+            id="a raw disk",
+        ),
         pytest.param(lambda s1: (s1 / "disk.tmp").write_bytes(b""), True, id="an empty file"),
         pytest.param(lambda s1: (s1 / "disk.d").mkdir(), True, id="a directory"),
-        pytest.param(lambda s1: (s1 / "disk.short").write_bytes(HEADER), False, id="a truncated header"),
         pytest.param(
-            lambda s1: (s1 / "disk.cut").write_bytes((s1 / "disk").read_bytes()[:30]), False, id="a truncated name"
+            lambda s1: (s1 / "disk.short").write_bytes(HEADER), False, id="a truncated header"
         ),
-        pytest.param(lambda s1: (s1 / "disk.wild").write_bytes(HEADER + b"\xff" * 12), False, id="a wild header"),
-        pytest.param(lambda s1: (s1 / "disk.link").symlink_to(s1 / "disk"), False, id="a symbolic link"),
+        pytest.param(
+            lambda s1: (s1 / "disk.cut").write_bytes((s1 / "disk").read_bytes()[:30]),
+            False,
+            id="a truncated name",
+        ),
+        pytest.param(
+            lambda s1: (s1 / "disk.wild").write_bytes(HEADER + b"\xff" * 12),
+            False,
+            id="a wild header",
+        ),
+        pytest.param(
+            lambda s1: (s1 / "disk.link").symlink_to(s1 / "disk"), False, id="a symbolic link"
+        ),
         pytest.param(lambda s1: (s1.parent / "s2").symlink_to(s1), False, id="a linked server"),
-        pytest.param(lambda s1: (s1.parent / "s2").symlink_to("/not/mounted"), False, id="one linked to nothing"),
+        pytest.param(
+            lambda s1: (s1.parent / "s2").symlink_to("/not/mounted"),
+            False,
+            id="one linked to nothing",
+        ),
     ],
 )
-def test_what_a_disk_is_backed_by_is_told_or_named(server: Path, make: Callable[[Path], None], told: bool) -> None:
-    """Beside the real overlay: what is no disk is passed over, and what cannot be told is named, never followed."""
+def test_what_a_disk_is_backed_by_is_told_or_named(
+    server: Path, make: Callable[[Path], None], told: bool
+) -> None:
+    """Beside the real overlay.
+
+    What is no disk is passed over, and what cannot be told is named, never followed.
+    """
     before = set(server.parent.rglob("*"))
     make(server)
     (added,) = set(server.parent.rglob("*")) - before
@@ -97,8 +127,13 @@ def test_what_a_disk_is_backed_by_is_told_or_named(server: Path, make: Callable[
     assert (SERVER in found.servers) is (told or added.parent != server)
 
 
-def test_a_directory_in_which_there_is_no_server_protects_nothing(server: Path, tmp_path: Path) -> None:
-    """It is a mount point without its mount, also beside another that is mounted. A server without a disk is one."""
+def test_a_directory_in_which_there_is_no_server_protects_nothing(
+    server: Path, tmp_path: Path
+) -> None:
+    """It is a mount point without its mount, also beside another that is mounted.
+
+    A server without a disk is one.
+    """
     empty = tmp_path / "empty"
     (empty / "_base").mkdir(parents=True)
     (empty / "lost+found").mkdir()
@@ -115,7 +150,10 @@ def test_the_disk_of_a_server_is_its_root_disk(server: Path) -> None:
 
 
 def test_a_disk_that_goes_away_decides_nothing(server: Path) -> None:
-    """One that is moved while it is read, as by a migration: its server is not one whose disk was seen."""
+    """One that is moved while it is read, as by a migration.
+
+    Its server is not one whose disk was seen.
+    """
     disk, away = server / "disk", server / "x"
     moving = threading.Event()
 
@@ -140,25 +178,37 @@ def test_a_directory_that_goes_away_is_a_doubt(tmp_path: Path) -> None:
     assert "cannot be read: No such file or directory" in read_disks([str(tmp_path / "gone")]).doubt
 
 
-def nfs_server(place: Path, states: bytes | None = None, grace_ended: str = "Y", threads: int = 8) -> Path:
-    """What /proc/fs/nfsd shows: a client without files, one that has gone, and one with these states."""
+def nfs_server(
+    place: Path, states: bytes | None = None, grace_ended: str = "Y", threads: int = 8
+) -> Path:
+    """What /proc/fs/nfsd shows.
+
+    A client without files, one that has gone, and one with these states.
+    """
     for client in ("3", "4", "5"):
         (place / "clients" / client).mkdir(parents=True)
     (place / "clients" / "3" / "states").write_text("")
-    (place / "clients" / "4" / "states").write_bytes(states or (ROOT / "tests" / "nfsd-states.txt").read_bytes())
+    (place / "clients" / "4" / "states").write_bytes(
+        states or (ROOT / "tests" / "nfsd-states.txt").read_bytes()
+    )
     (place / "v4_end_grace").write_text(f"{grace_ended}\n")
     (place / "threads").write_text(f"{threads}\n")
     return place
 
 
 def test_what_nfs_clients_hold_open_is_what_a_real_server_lists(tmp_path: Path) -> None:
-    """Opens, locks and delegations of ext4, XFS and btrfs, as nfsd of Linux 6.1 wrote them. No server, no clients."""
+    """Opens, locks and delegations of ext4, XFS and btrfs, as nfsd of Linux 6.1 wrote them.
+
+    No server, no clients.
+    """
     assert open_inodes(str(tmp_path)) == frozenset()
     assert open_inodes(str(nfs_server(tmp_path))) >= {*range(13, 18), *range(19, 23), 131, 257}
 
 
 @pytest.mark.parametrize("state", [{"grace_ended": "N"}, {"threads": 0}])
-def test_a_server_that_was_just_started_is_waited_for(tmp_path: Path, state: dict[str, Any]) -> None:
+def test_a_server_that_was_just_started_is_waited_for(
+    tmp_path: Path, state: dict[str, Any]
+) -> None:
     """Its clients have files open that it does not know of yet."""
     with pytest.raises(TemporaryError, match="is stopped or was just started"):
         open_inodes(str(nfs_server(tmp_path, **state)))
@@ -194,5 +244,8 @@ def test_where_it_cannot_be_told_nothing_is(tmp_path: Path) -> None:
     states = nfs_server(tmp_path) / "clients" / "3" / "states"
     states.unlink()
     states.mkdir()
-    with pytest.raises(ConfigurationError, match="3/states: Is a directory: what NFS clients hold open cannot be told"):
+    with pytest.raises(
+        ConfigurationError,
+        match="3/states: Is a directory: what NFS clients hold open cannot be told",
+    ):
         open_inodes(str(tmp_path))

@@ -1,4 +1,7 @@
-"""Every way to the cloud: credentials, catalog and TLS, with the installed command and a real Keystone."""
+"""Every way to the cloud.
+
+Credentials, catalog and TLS, with the installed command and a real Keystone.
+"""
 
 import json
 import re
@@ -30,22 +33,38 @@ def facts(cloud: Cloud) -> dict[str, str]:
     who = cloud.as_user()
     facts = {"keystone": cloud.keystone, "user": who.get_user_id(), "project": who.get_project_id()}
     credential = cloud.application_credential(who, name="cron")
-    facts |= {name: credential[f"OS_APPLICATION_CREDENTIAL_{name.upper()}"] for name in ("id", "secret")}
+    facts |= {
+        name: credential[f"OS_APPLICATION_CREDENTIAL_{name.upper()}"] for name in ("id", "secret")
+    }
     facts["token"] = who.get_token()
     return {name: str(fact) for name, fact in facts.items()}
 
 
 NO_DOMAINS: Variables = {"OS_USER_DOMAIN_NAME": None, "OS_PROJECT_DOMAIN_NAME": None}
 NO_NAMES: Variables = {"OS_USERNAME": None, "OS_PROJECT_NAME": None}
-APPLICATION: Variables = {"OS_AUTH_TYPE": "v3applicationcredential", "OS_APPLICATION_CREDENTIAL_SECRET": "{secret}"}
+APPLICATION: Variables = {
+    "OS_AUTH_TYPE": "v3applicationcredential",
+    "OS_APPLICATION_CREDENTIAL_SECRET": "{secret}",
+}
 BY_ID: Variables = APPLICATION | {"OS_APPLICATION_CREDENTIAL_ID": "{id}"}
 BY_NAME: Variables = APPLICATION | {"OS_APPLICATION_CREDENTIAL_NAME": "cron"}
-EMPTIES = ("AUTH_TYPE", "USER_DOMAIN_ID", "PROJECT_ID", "CACERT", "CERT", "KEY", "CLOUD", "INTERFACE")
+EMPTIES = (
+    "AUTH_TYPE",
+    "USER_DOMAIN_ID",
+    "PROJECT_ID",
+    "CACERT",
+    "CERT",
+    "KEY",
+    "CLOUD",
+    "INTERFACE",
+)
 WAYS: dict[str, Variables] = {
     "password": {},
     "password, version discovered": {"OS_AUTH_URL": "{keystone}"},
     "v3password": {"OS_AUTH_TYPE": "v3password"},
-    "password, by ids": NO_NAMES | NO_DOMAINS | {"OS_USER_ID": "{user}", "OS_PROJECT_ID": "{project}"},
+    "password, by ids": NO_NAMES
+    | NO_DOMAINS
+    | {"OS_USER_ID": "{user}", "OS_PROJECT_ID": "{project}"},
     "default domain": NO_DOMAINS | {"OS_DEFAULT_DOMAIN_ID": "default"},
     "domain ids": NO_DOMAINS | {"OS_USER_DOMAIN_ID": "default", "OS_PROJECT_DOMAIN_ID": "default"},
     "deprecated names": NO_NAMES | {"OS_USER_NAME": "admin", "OS_TENANT_NAME": "admin"},
@@ -54,10 +73,22 @@ WAYS: dict[str, Variables] = {
     "no region": {"OS_REGION_NAME": None},
     "application credential": NO_OPENRC | {"OS_AUTH_URL": "{keystone}/v3"} | BY_ID,
     "application credential beside an openrc": BY_ID,
-    "application credential by name": NO_NAMES | BY_NAME | {"OS_USERNAME": "admin", "OS_PROJECT_DOMAIN_NAME": None},
+    "application credential by name": NO_NAMES
+    | BY_NAME
+    | {"OS_USERNAME": "admin", "OS_PROJECT_DOMAIN_NAME": None},
     "application credential by name, beside an openrc": BY_NAME,
-    "token": {"OS_AUTH_TYPE": "token", "OS_TOKEN": "{token}", "OS_USERNAME": None, "OS_PASSWORD": None},
-    "v3token": {"OS_AUTH_TYPE": "v3token", "OS_TOKEN": "{token}", "OS_USERNAME": None, "OS_PASSWORD": None},
+    "token": {
+        "OS_AUTH_TYPE": "token",
+        "OS_TOKEN": "{token}",
+        "OS_USERNAME": None,
+        "OS_PASSWORD": None,
+    },
+    "v3token": {
+        "OS_AUTH_TYPE": "v3token",
+        "OS_TOKEN": "{token}",
+        "OS_USERNAME": None,
+        "OS_PASSWORD": None,
+    },
     "token beside an openrc": {"OS_AUTH_TYPE": "token", "OS_TOKEN": "{token}"},
 }
 
@@ -97,7 +128,10 @@ NO_APPLICATION: Variables = APPLICATION | {"OS_APPLICATION_CREDENTIAL_ID": "0" *
         ("Keystone refuses the credentials", NO_APPLICATION),
         ("Keystone refuses", {"OS_AUTH_TYPE": "v3token", "OS_TOKEN": WRONG}),
         ("OS_PROJECT_NAME", {"OS_PROJECT_NAME": None}),
-        ("OS_AUTH_TYPE=nonsense is no auth plugin known here: use one of admin_token", {"OS_AUTH_TYPE": "nonsense"}),
+        (
+            "OS_AUTH_TYPE=nonsense is no auth plugin known here: use one of admin_token",
+            {"OS_AUTH_TYPE": "nonsense"},
+        ),
         ("OS_AUTH_URL", {"OS_AUTH_URL": "nonsense"}),
         ("OS_AUTH_URL", {"OS_AUTH_URL": "ftp://127.0.0.1/v3"}),
         ("OS_AUTH_URL", {"OS_AUTH_URL": "http://"}),
@@ -117,14 +151,17 @@ def test_a_wrong_variable_is_named(node: Node, variables: Variables, named: str)
 
 
 @pytest.mark.parametrize(
-    "host", ["HTTPS://host", "http://host:", "http://[fe80::1%25eth0]:5000", "http://me@dom:pw@host"]
+    "host",
+    ["HTTPS://host", "http://host:", "http://[fe80::1%25eth0]:5000", "http://me@dom:pw@host"],
 )
 def test_an_odd_url_is_taken(host: str) -> None:
     """Whatever the HTTP library can ask is no wrong variable, and nothing is asked yet."""
     assert connect(dict.fromkeys(NO_OPENRC, "admin") | {"OS_AUTH_URL": f"{host}/v3"}, 1)
 
 
-@pytest.mark.parametrize("host", ["http://host:0", "http://host:99999", "http://[1.2.3.4]", "http://host:\u0665"])
+@pytest.mark.parametrize(
+    "host", ["http://host:0", "http://host:99999", "http://[1.2.3.4]", "http://host:\u0665"]
+)
 def test_an_impossible_url_is_refused(host: str) -> None:
     """What no server can have is a wrong variable, and not a server that cannot be reached."""
     with pytest.raises(ConfigurationError, match="OS_AUTH_URL is no http or https URL"):
@@ -140,12 +177,19 @@ def test_the_url_of_another_service_is_refused(node: Node) -> None:
 # clouds.yaml
 
 
-def clouds_yaml(node: Node, path: Path, auth: Variables | None = None, **entry: object) -> Variables:
-    """Writes a clouds.yaml with the administrator's entry ``mine``; returns an environment without an openrc."""
+def clouds_yaml(
+    node: Node, path: Path, auth: Variables | None = None, **entry: object
+) -> Variables:
+    """Writes a clouds.yaml with the administrator's entry ``mine``.
+
+    Returns an environment without an openrc.
+    """
     openrc = node.cloud.environment()
     given: Variables = {name.removeprefix("OS_").lower(): openrc[name] for name in NO_OPENRC}
     changed = {name: value for name, value in (given | (auth or {})).items() if value is not None}
-    path.write_text(json.dumps({"clouds": {"mine": {"auth": changed, "region_name": REGION} | entry}}))
+    path.write_text(
+        json.dumps({"clouds": {"mine": {"auth": changed, "region_name": REGION} | entry}})
+    )
     return NO_OPENRC | {"OS_REGION_NAME": None, "OS_CLIENT_CONFIG_FILE": str(path)}
 
 
@@ -155,10 +199,15 @@ def clouds_yaml(node: Node, path: Path, auth: Variables | None = None, **entry: 
         (["--os-cloud", "mine"], {}),
         ([], {"OS_CLOUD": "mine"}),
         (["--os-cloud", "mine"], {"OS_CLOUD": "theirs"}),
-        (["--os-cloud", "mine"], {"OS_AUTH_URL": "nonsense", "OS_USERNAME": "nobody", "OS_PASSWORD": WRONG}),
+        (
+            ["--os-cloud", "mine"],
+            {"OS_AUTH_URL": "nonsense", "OS_USERNAME": "nobody", "OS_PASSWORD": WRONG},
+        ),
     ],
 )
-def test_an_entry_of_clouds_yaml_links(node: Node, tmp_path: Path, arguments: list[str], variables: Variables) -> None:
+def test_an_entry_of_clouds_yaml_links(
+    node: Node, tmp_path: Path, arguments: list[str], variables: Variables
+) -> None:
     """--os-cloud, or OS_CLOUD without it, takes a clouds.yaml entry, whatever openrc is around it."""
     links(node, clouds_yaml(node, tmp_path / "clouds.yaml") | variables, *arguments)
 
@@ -176,7 +225,12 @@ def test_an_entry_of_clouds_yaml_links(node: Node, tmp_path: Path, arguments: li
     ],
 )
 def test_a_wrong_entry_of_clouds_yaml_is_named(
-    node: Node, tmp_path: Path, named: str, cloud_name: str, auth: Variables, entry: dict[str, object]
+    node: Node,
+    tmp_path: Path,
+    named: str,
+    cloud_name: str,
+    auth: Variables,
+    entry: dict[str, object],
 ) -> None:
     """A clouds.yaml that has no such entry, or one that cannot work, is status 2."""
     variables = clouds_yaml(node, tmp_path / "clouds.yaml", auth, **entry)
@@ -204,7 +258,9 @@ def test_the_timeout_holds_for_clouds_yaml_too(node: Node, tmp_path: Path) -> No
         (True, {"OS_INTERFACE": "internal", "OS_ENDPOINT_TYPE": "public"}),
     ],
 )
-def test_the_interface_chooses_the_endpoint(node: Node, front: Front, asked: bool, variables: Variables) -> None:
+def test_the_interface_chooses_the_endpoint(
+    node: Node, front: Front, asked: bool, variables: Variables
+) -> None:
     """OS_INTERFACE, or OS_ENDPOINT_TYPE without it, says which of a region's endpoints is asked."""
     server, region = front(interface="internal", region=REGION)
     links(node, region | variables, secrets=server.secrets)
@@ -222,8 +278,13 @@ def test_the_region_chooses_the_endpoint(node: Node, front: Front, path: str) ->
 
 
 @pytest.mark.parametrize("demand", [False, True], ids=["any client", "client certificate demanded"])
-def test_https_takes_the_files_that_are_named(node: Node, front: Front, tmp_path: Path, demand: bool) -> None:
-    """OS_CACERT makes both servers trusted, OS_CERT and OS_KEY make the client known; without them nothing is done."""
+def test_https_takes_the_files_that_are_named(
+    node: Node, front: Front, tmp_path: Path, demand: bool
+) -> None:
+    """OS_CACERT makes both servers trusted, OS_CERT and OS_KEY make the client known.
+
+    Without them nothing is done.
+    """
     authority = Authority(tmp_path)
     (tmp_path / "other").mkdir()
     other = Authority(tmp_path / "other")
@@ -235,13 +296,22 @@ def test_https_takes_the_files_that_are_named(node: Node, front: Front, tmp_path
     with Faulty(node.cloud.keystone, tls=tls) as keystone:
         servers = region | {"OS_AUTH_URL": f"{keystone.url}/v3"}
         trusting = servers | {"OS_CACERT": str(authority.ca)}
-        known = (trusting | {"OS_CERT": str(both)}, trusting | {"OS_CERT": str(certificate), "OS_KEY": str(key)})
+        known = (
+            trusting | {"OS_CERT": str(both)},
+            trusting | {"OS_CERT": str(certificate), "OS_KEY": str(key)},
+        )
         for variables in known if demand else (trusting, *known):
             links(node, variables, secrets=glance.secrets)
         unknown = (trusting, trusting | {"OS_CERT": str(certificate)}) if demand else ()
-        # What is wrong with it is said, too: the whole chain of the libraries' errors does not fit into a line.
+        # What is wrong with it is said, too: the whole chain of the libraries' errors does not fit
+        # into a line.
         assert "Keystone: certificate verify failed: " in refusal(node, 2, servers)
-        for variables in (servers, servers | {"OS_CACERT": str(other.ca)}, servers | {"OS_CACERT": str(key)}, *unknown):
+        for variables in (
+            servers,
+            servers | {"OS_CACERT": str(other.ca)},
+            servers | {"OS_CACERT": str(key)},
+            *unknown,
+        ):
             assert "OS_CACERT" in refusal(node, 2, variables)
     assert "OS_CACERT" in refusal(node, 2, region)
     assert keystone.paths
@@ -251,12 +321,26 @@ def test_https_takes_the_files_that_are_named(node: Node, front: Front, tmp_path
 @pytest.mark.parametrize(
     ("url", "error", "told"),
     [
-        ("{https}/v3", ConfigurationError, "Keystone speaks http, not https: correct OS_AUTH_URL or the catalog"),
-        ("http://127.0.0.1:1/v3", TemporaryError, "Keystone cannot be asked: ConnectFailure: Connection refused: "),
-        ("http://nowhere.invalid/v3", TemporaryError, r"ConnectFailure: (Name|Temporary|No address) [ \w]+: "),
+        (
+            "{https}/v3",
+            ConfigurationError,
+            "Keystone speaks http, not https: correct OS_AUTH_URL or the catalog",
+        ),
+        (
+            "http://127.0.0.1:1/v3",
+            TemporaryError,
+            "Keystone cannot be asked: ConnectFailure: Connection refused: ",
+        ),
+        (
+            "http://nowhere.invalid/v3",
+            TemporaryError,
+            r"ConnectFailure: (Name|Temporary|No address) [ \w]+: ",
+        ),
     ],
 )
-def test_a_url_that_leads_nowhere_tells_the_cause(url: str, error: type[Exception], told: str) -> None:
+def test_a_url_that_leads_nowhere_tells_the_cause(
+    url: str, error: type[Exception], told: str
+) -> None:
     """Https to a server that speaks http, a port that nobody has and a name that nobody knows are told as that."""
     with Faulty("http://127.0.0.1:1") as plain:
         openrc = dict.fromkeys(NO_OPENRC, "admin")
@@ -269,7 +353,10 @@ def test_a_url_that_leads_nowhere_tells_the_cause(url: str, error: type[Exceptio
 
 
 def test_what_a_credential_sees_is_linked(node: Node) -> None:
-    """A member links what it sees and is warned, once, that this is not all; the administrator links the rest."""
+    """A member links what it sees and is warned, once, that this is not all.
+
+    The administrator links the rest.
+    """
     cloud = node.cloud
     member = cloud.add_user("cloud-member", "cloud-member", "member")
     third = cloud.add_user("cloud-third", "cloud-third", "member")
@@ -310,7 +397,9 @@ def test_only_the_role_admin_sees_every_image(node: Node, role: str) -> None:
 def test_an_application_credential_for_nothing_but_the_listing_suffices(node: Node) -> None:
     """The credential of the README may list images, and nothing else of what its user may do."""
     cloud = node.cloud
-    image = cloud.image("private of another project", DATA, cloud.add_user("owner", "owner", "member"))
+    image = cloud.image(
+        "private of another project", DATA, cloud.add_user("owner", "owner", "member")
+    )
     user = cloud.add_user("ln-images", "ln-images", "admin")
     rules = json.loads(block("access rules"))[:1]
     openrc = cloud.application_credential(user, roles=[{"name": "admin"}], access_rules=rules)
@@ -322,7 +411,11 @@ def test_an_application_credential_for_nothing_but_the_listing_suffices(node: No
         application_credential_secret=openrc["OS_APPLICATION_CREDENTIAL_SECRET"],
     )
     limited = cloud.image_api(Session(auth))
-    for method, path in (("DELETE", f"/images/{image}"), ("GET", f"/images/{image}/file"), ("POST", "/images")):
+    for method, path in (
+        ("DELETE", f"/images/{image}"),
+        ("GET", f"/images/{image}/file"),
+        ("POST", "/images"),
+    ):
         with pytest.raises(Unauthorized):
             limited.request(path, method)
 
@@ -347,7 +440,11 @@ def test_a_service_that_echoes_secrets(node: Node, front: Front, service: str, s
 @pytest.mark.parametrize(
     "variables",
     [
-        {"OS_AUTH_TYPE": "admin_token", "OS_TOKEN": f"{WRONG}\n", "OS_ENDPOINT": "http://127.0.0.1:1"},
+        {
+            "OS_AUTH_TYPE": "admin_token",
+            "OS_TOKEN": f"{WRONG}\n",
+            "OS_ENDPOINT": "http://127.0.0.1:1",
+        },
         {"OS_AUTH_URL": f"http://me:{WRONG}@127.0.0.1:1/v3"},
     ],
     ids=["a token with a newline", "a password in OS_AUTH_URL"],

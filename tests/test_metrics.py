@@ -37,12 +37,17 @@ def metrics(path: Path) -> dict[str, float]:
 
 def a_pass(*outcomes: Outcome | Verdict, audit: Audit | None = None) -> Pass:
     """A pass with these outcomes, one present image, and bases of each kind."""
-    verdicts: Iterable[Verdict] = (one if isinstance(one, Verdict) else Verdict(one) for one in outcomes)
+    verdicts: Iterable[Verdict] = (
+        one if isinstance(one, Verdict) else Verdict(one) for one in outcomes
+    )
     return Pass(
         started_at=datetime(2026, 1, 1, tzinfo=UTC),
         duration=1.5,
         dry_run=False,
-        results=[Result(Image(str(n), size=10 + n), str(n), verdict) for n, verdict in enumerate(verdicts)],
+        results=[
+            Result(Image(str(n), size=10 + n), str(n), verdict)
+            for n, verdict in enumerate(verdicts)
+        ],
         settled=["present"],
         held={"orphans": (1, 100), "unmarked": (2, 200), "retired": (3, 300)},
         room=(1000, 500, 50),
@@ -51,7 +56,9 @@ def a_pass(*outcomes: Outcome | Verdict, audit: Audit | None = None) -> Pass:
     )
 
 
-def written(path: Path, made: Pass | None, status: int, now: float, prune: bool = False) -> dict[str, float]:
+def written(
+    path: Path, made: Pass | None, status: int, now: float, prune: bool = False
+) -> dict[str, float]:
     """What a new process writes after a pass."""
     Textfile(str(path), prune).write(made, status, now)
     return metrics(path)
@@ -66,13 +73,25 @@ def file(tmp_path: Path) -> Path:
 def test_a_pass_is_told(file: Path) -> None:
     """Outcomes, what is held by kind, what Glance does not know, the room, the times, the directory, the version."""
     skipped, raw = UNKNOWN, RAW_COPY
-    told = written(file, a_pass(Outcome.LINKED, Outcome.REFUSED, skipped, raw, Outcome.OCCUPIED), 0, 1e9)
-    assert [told[f"images {outcome}"] for outcome in ("linked", "refused", "occupied", "present")] == [1, 1, 2, 1]
+    told = written(
+        file, a_pass(Outcome.LINKED, Outcome.REFUSED, skipped, raw, Outcome.OCCUPIED), 0, 1e9
+    )
+    assert [
+        told[f"images {outcome}"] for outcome in ("linked", "refused", "occupied", "present")
+    ] == [1, 1, 2, 1]
     assert {f"images {outcome}" for outcome in Outcome} <= told.keys()
     assert [told[f"held {kind}"] for kind in ("orphans", "unmarked", "retired")] == [1, 2, 3]
-    assert [told[f"held_bytes {kind}"] for kind in ("orphans", "unmarked", "retired")] == [100, 200, 300]
+    assert [told[f"held_bytes {kind}"] for kind in ("orphans", "unmarked", "retired")] == [
+        100,
+        200,
+        300,
+    ]
     assert (told["unknown_files"], told["unknown_bytes"], told["occupied_raw"]) == (1, 12, 1)
-    assert (told["cache_size_bytes"], told["cache_free_bytes"], told["cache_free_inodes"]) == (1000, 500, 50)
+    assert (told["cache_size_bytes"], told["cache_free_bytes"], told["cache_free_inodes"]) == (
+        1000,
+        500,
+        50,
+    )
     assert (told["cache_directory_uid"], told["cache_directory_gid"]) == (162, 163)
     assert (told["exit_status"], told["pass_duration_seconds"]) == (0, 1.5)
     assert told["last_pass_timestamp_seconds"] == told["last_success_timestamp_seconds"] == 1e9
@@ -86,7 +105,11 @@ def test_a_set_up_that_never_succeeded_says_so(file: Path) -> None:
             file.write_bytes(before)
         told = written(file, None, 2, 1e9, prune=True)
         assert (told["exit_status"], told["last_pass_timestamp_seconds"]) == (2, 1e9)
-        assert told["last_success_timestamp_seconds"] == told["prune_last_success_timestamp_seconds"] == 0
+        assert (
+            told["last_success_timestamp_seconds"]
+            == told["prune_last_success_timestamp_seconds"]
+            == 0
+        )
 
 
 def test_a_failed_pass_keeps_the_last_success(file: Path) -> None:
@@ -107,13 +130,25 @@ def test_what_the_clean_up_and_the_audit_said_outlives_the_passes_between(file: 
         told = written(file, a_pass(), 0, now)
     outcomes = ("restored", "retired", "pruned", "kept")
     assert [told[f"prune_{outcome}"] for outcome in outcomes] == [0, 1, 2, 1]
-    assert told["prune_last_pass_timestamp_seconds"] == told["prune_last_success_timestamp_seconds"] == 100
+    assert (
+        told["prune_last_pass_timestamp_seconds"]
+        == told["prune_last_success_timestamp_seconds"]
+        == 100
+    )
     assert told["prune_exit_status"] == 0
     assert told["verify_last_pass_timestamp_seconds"] == 200
-    assert [told[f"verify_{name}"] for name in ("images", "without_checksum", "damaged")] == [7, 2, 1]
+    assert [told[f"verify_{name}"] for name in ("images", "without_checksum", "damaged")] == [
+        7,
+        2,
+        1,
+    ]
     told = written(file, a_pass(Outcome.KEPT), 75, 500, prune=True)
     assert (told["prune_exit_status"], told["prune_last_pass_timestamp_seconds"]) == (75, 500)
-    assert (told["prune_last_success_timestamp_seconds"], told["prune_pruned"], told["prune_kept"]) == (100, 0, 1)
+    assert (
+        told["prune_last_success_timestamp_seconds"],
+        told["prune_pruned"],
+        told["prune_kept"],
+    ) == (100, 0, 1)
     assert told["verify_damaged"] == 1
 
 
@@ -125,7 +160,11 @@ def test_what_is_linked_between_whole_passes_is_added(file: Path) -> None:
     textfile.write(a_pass(Outcome.LINKED), 0, 100)
     textfile.write(replace(a_pass(Outcome.LINKED, Outcome.LINKED), narrow=True), 0, 101)
     told = metrics(file)
-    assert (told["images linked"], told["images present"], told["last_pass_timestamp_seconds"]) == (3, 1, 100)
+    assert (told["images linked"], told["images present"], told["last_pass_timestamp_seconds"]) == (
+        3,
+        1,
+        100,
+    )
 
 
 def test_the_reference_has_every_metric(file: Path) -> None:
@@ -143,22 +182,46 @@ def test_the_alert_rules_are_about_metrics_that_there_are(file: Path) -> None:
     expressions = "\n".join(re.findall(r"expr: (.*)", rules))
     names = set(re.findall(r"ln_images_(\w+)", expressions))
     assert names <= {name.partition(" ")[0] for name in metrics(file)}
-    watched = {"last_success_timestamp_seconds", "occupied_raw", "held_bytes", "cache_directory_uid"}
+    watched = {
+        "last_success_timestamp_seconds",
+        "occupied_raw",
+        "held_bytes",
+        "cache_directory_uid",
+    }
     assert watched | {"prune_last_success_timestamp_seconds", "verify_damaged"} <= names
-    assert set(re.findall(r'outcome="(\w+)"', expressions)) == {"failed", "damaged", "refused", "occupied"}
+    assert set(re.findall(r'outcome="(\w+)"', expressions)) == {
+        "failed",
+        "damaged",
+        "refused",
+        "occupied",
+    }
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, of Debian's prometheus")
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="needs promtool, of Debian's prometheus"
+)
 def test_prometheus_takes_the_alert_rules(file: Path, tmp_path: Path) -> None:
     """Promtool reads the rules and the metrics, and the alert of a set-up that never succeeded fires."""
     subprocess.run(["promtool", "check", "rules", ALERTS], check=True)
     written(file, a_pass(audit=Audit(1, 1, 1, 1.0)), 0, 1, prune=True)
     subprocess.run(["promtool", "check", "metrics"], input=file.read_bytes(), check=True)
     case = tmp_path / "case.yml"
-    series = {"last_success_timestamp_seconds": "0x9", 'images{outcome="refused"}': "0 1x8", "occupied_raw": "0x9"}
+    series = {
+        "last_success_timestamp_seconds": "0x9",
+        'images{outcome="refused"}': "0 1x8",
+        "occupied_raw": "0x9",
+    }
     series |= {"cache_directory_uid": "42436x4 0x4", "cache_directory_gid": "42436x9"}
-    lines = "".join(f"      - {{series: 'ln_images_{name}', values: '{values}'}}\n" for name, values in series.items())
-    fire = {"LnImagesNoSuccess": 1, "LnImagesRefused": 1, "LnImagesDirectoryOwner": 1, "LnImagesOccupiedByRawCopies": 0}
+    lines = "".join(
+        f"      - {{series: 'ln_images_{name}', values: '{values}'}}\n"
+        for name, values in series.items()
+    )
+    fire = {
+        "LnImagesNoSuccess": 1,
+        "LnImagesRefused": 1,
+        "LnImagesDirectoryOwner": 1,
+        "LnImagesOccupiedByRawCopies": 0,
+    }
     checks = "".join(
         f'      - {{expr: \'count(ALERTS{{alertname="{name}",alertstate="firing"}}) or vector(0)\', eval_time: 9m,'
         f" exp_samples: [{{value: {value}}}]}}\n"
@@ -167,7 +230,9 @@ def test_prometheus_takes_the_alert_rules(file: Path, tmp_path: Path) -> None:
     case.write_text(
         f"rule_files: ['{ALERTS}']\ntests:\n  - interval: 1m\n    input_series:\n{lines}    promql_expr_test:\n{checks}"
     )
-    run = subprocess.run(["promtool", "test", "rules", case], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        ["promtool", "test", "rules", case], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -184,7 +249,10 @@ def test_the_collector_can_read_it_whatever_the_umask(file: Path) -> None:
 
 
 def test_passes_good_bad_and_none_as_the_command_tells_them(node: Node, file: Path) -> None:
-    """A dry run and one that finds the lock held write nothing; one that succeeds and one that cannot be made do."""
+    """A dry run and one that finds the lock held write nothing.
+
+    One that succeeds and one that cannot be made do.
+    """
     arguments = ("-q", "--metrics-file", str(file))
     assert node.run("--dry-run", *arguments).returncode == 0
     descriptor = os.open(node.cache, os.O_RDONLY)
@@ -207,7 +275,10 @@ def test_passes_good_bad_and_none_as_the_command_tells_them(node: Node, file: Pa
 
 
 def test_a_clean_up_as_the_command_tells_it(node: Node, nova: Compute, file: Path) -> None:
-    """What one with --prune did stays until the next, whatever passes without say. One that fails counts."""
+    """What one with --prune did stays until the next, whatever passes without say.
+
+    One that fails counts.
+    """
     gone = [node.cloud.image(name, DATA) for name in ("gone", "too")]
     assert node.run("-q").returncode == 0
     for image in gone:
@@ -216,8 +287,14 @@ def test_a_clean_up_as_the_command_tells_it(node: Node, nova: Compute, file: Pat
     prune, path = ("-q", "--prune", "--prune-after", "0s"), ("--metrics-file", str(file))
     assert node.run(*prune, *path).returncode == 0
     before = {name: value for name, value in metrics(file).items() if name.startswith("prune_")}
-    assert [before[f"prune_{outcome}"] for outcome in ("restored", "retired", "pruned", "kept")] == [0, 1, 0, 1]
-    assert before["prune_last_success_timestamp_seconds"] == before["prune_last_pass_timestamp_seconds"] > 0
+    assert [
+        before[f"prune_{outcome}"] for outcome in ("restored", "retired", "pruned", "kept")
+    ] == [0, 1, 0, 1]
+    assert (
+        before["prune_last_success_timestamp_seconds"]
+        == before["prune_last_pass_timestamp_seconds"]
+        > 0
+    )
     assert node.run("-q", *path).returncode == 0
     told = metrics(file)
     assert {name: told[name] for name in before} == before
@@ -226,7 +303,10 @@ def test_a_clean_up_as_the_command_tells_it(node: Node, nova: Compute, file: Pat
     assert node.run(*prune, *path).returncode == 75
     told = metrics(file)
     assert (told["prune_exit_status"], told["prune_kept"], told["exit_status"]) == (75, 2, 75)
-    assert told["prune_last_success_timestamp_seconds"] == before["prune_last_success_timestamp_seconds"]
+    assert (
+        told["prune_last_success_timestamp_seconds"]
+        == before["prune_last_success_timestamp_seconds"]
+    )
     assert told["prune_last_pass_timestamp_seconds"] > before["prune_last_pass_timestamp_seconds"]
 
 
@@ -234,7 +314,15 @@ def test_a_file_that_cannot_be_written_is_told_beside(node: Node) -> None:
     """Neither a metrics file nor a log that cannot be written hides what the pass says, nor ends a repeated one."""
     image = node.cloud.image("image", DATA)
     run = node.process(
-        "-q", "--every", "0.2", "--for", "1.5", "--metrics-file", "/proc/x.prom", "--log-file", "/dev/full"
+        "-q",
+        "--every",
+        "0.2",
+        "--for",
+        "1.5",
+        "--metrics-file",
+        "/proc/x.prom",
+        "--log-file",
+        "/dev/full",
     )
     assert run.returncode == 2
     told = sorted(line.partition(": ")[2].partition(": ")[0] for line in run.stderr.splitlines())
@@ -249,11 +337,17 @@ def test_a_file_that_cannot_be_written_is_told_beside(node: Node) -> None:
         ("openstack", "--os-cloud=x", "ln-images[clouds]"),
     ],
 )
-def test_an_extra_that_is_not_installed_is_named(node: Node, module: str, option: str, extra: str) -> None:
+def test_an_extra_that_is_not_installed_is_named(
+    node: Node, module: str, option: str, extra: str
+) -> None:
     """Without the library of an extra its option says what to install."""
     code = f"import sys; sys.modules[{module!r}] = None; from ln_images.cli import main; main([{option!r}])"
     run = subprocess.run(
-        [sys.executable, "-c", code], env=node.environment(), capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=node.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 2
     assert f"pip install '{extra}'" in run.stderr

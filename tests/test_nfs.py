@@ -11,7 +11,8 @@ import pytest
 from conftest import Node, needs_root
 from nfs import SERVER, Nfs
 
-# Debian starts the server that it installs: that is for whoever wants these tests to decide, and for CI.
+# Debian starts the server that it installs: that is for whoever wants these tests to decide, and
+# for CI.
 pytestmark = [
     pytest.mark.xdist_group("nfs"),
     needs_root,
@@ -55,7 +56,10 @@ def test_every_uid_reads_a_link_over_nfs(node: Node, nfs: Nfs) -> None:
 
 
 def test_with_0640_nova_does_not_read_a_base(node: Node, nfs: Nfs) -> None:
-    """A base that only QEMU reads is of no use to Nova, which looks into it as itself: hence no such --mode."""
+    """A base that only QEMU reads is of no use to Nova, which looks into it as itself.
+
+    Hence no such --mode.
+    """
     name = linked(node)
     (node.cache / name).chmod(0o640)
     assert nfs.read("cache", name, QEMU) == DATA
@@ -73,7 +77,10 @@ def test_a_link_is_seen_at_once(node: Node, nfs: Nfs) -> None:
 
 
 def test_nova_writes_beside_the_links(node: Node, nfs: Nfs) -> None:
-    """Nova, who owns the directory, stores there what it fetches itself; others cannot, nor where it is read-only."""
+    """Nova, who owns the directory, stores there what it fetches itself.
+
+    Others cannot, nor where it is read-only.
+    """
     assert nfs.may_create("cache", "fetched.part", NOVA)
     assert (node.cache / "fetched.part").stat().st_uid == NOVA
     assert not nfs.may_create("cache", "other.part", SOMEBODY)
@@ -81,10 +88,16 @@ def test_nova_writes_beside_the_links(node: Node, nfs: Nfs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("export", "renews"), [("cache", True), ("mapped", True), ("squashed", False), ("readonly", False)]
+    ("export", "renews"),
+    [("cache", True), ("mapped", True), ("squashed", False), ("readonly", False)],
 )
-def test_root_of_a_compute_node_renews_the_times(node: Node, nfs: Nfs, export: str, renews: bool) -> None:
-    """Nova touches bases as root: that takes no_root_squash, or root mapped to the owner, and read-write."""
+def test_root_of_a_compute_node_renews_the_times(
+    node: Node, nfs: Nfs, export: str, renews: bool
+) -> None:
+    """Nova touches bases as root.
+
+    That takes no_root_squash, or root mapped to the owner, and read-write.
+    """
     name = linked(node)
     assert nfs.may_write(export, name, ROOT) is renews
     if export == "cache":

@@ -32,13 +32,18 @@ def ask(node: Node) -> Iterator[Ask]:
 
 
 def test_every_server_on_every_page_is_told_with_all_that_it_names(ask: Ask, nova: Compute) -> None:
-    """Soft-deleted ones too; one without an image is on a volume; of a deleted one Nova knows nothing."""
+    """Soft-deleted ones too; one without an image is on a volume.
+
+    Of a deleted one Nova knows nothing.
+    """
     others = [server(f"s{n}", status="SHELVED_OFFLOADED") for n in range(6)]
     kernel, ramdisk = {"OS-EXT-SRV-ATTR:kernel_id": "k"}, {"OS-EXT-SRV-ATTR:ramdisk_id": "r"}
     soft = server("soft", IMAGE, "SOFT_DELETED", task="deleting", **kernel, **ramdisk)
     nova.servers = [*others, soft, server("gone", IMAGE, "DELETED")]
     found, proof = ask()
-    assert found[6:] == [Server("soft", "SOFT_DELETED", "deleting", "compute-1", IMAGE, frozenset({IMAGE, "k", "r"}))]
+    assert found[6:] == [
+        Server("soft", "SOFT_DELETED", "deleting", "compute-1", IMAGE, frozenset({IMAGE, "k", "r"}))
+    ]
     assert [(one.id, one.host, one.image, one.uses) for one in found[:6]] == [
         (f"s{n}", "", "", frozenset()) for n in range(6)
     ]
@@ -50,7 +55,10 @@ def test_every_server_on_every_page_is_told_with_all_that_it_names(ask: Ask, nov
 def test_an_older_nova_answers_and_is_not_enough_proof(
     ask: Ask, nova: Compute, newest: tuple[int, int], proof: bool
 ) -> None:
-    """Before 26.0.0, which 2.93 shows, what servers name may be wrong: it answers 406 and is asked as before."""
+    """Before 26.0.0, which 2.93 shows, what servers name may be wrong.
+
+    It answers 406 and is asked as before.
+    """
     nova.newest, nova.servers = newest, [server("s", IMAGE)]
     found, recent = ask()
     assert ([one.id for one in found], recent) == (["s"], proof)
@@ -89,18 +97,37 @@ def test_an_endpoint_needs_no_version_in_its_path(ask: Ask, node: Node, path: st
     ("endpoints", "error", "told"),
     [
         ([], ConfigurationError, "the catalog has no compute service"),
-        ([(REGION, "public", "http://127.0.0.1:9/v2")], ConfigurationError, "no compute service at /v2.1"),
+        (
+            [(REGION, "public", "http://127.0.0.1:9/v2")],
+            ConfigurationError,
+            "no compute service at /v2.1",
+        ),
         ([(REGION, "internal", "URL")], ConfigurationError, "the catalog has no compute service"),
-        ([(REGION, "public", "URL"), ("RegionTwo", "internal", "URL")], TemporaryError, "Nova in RegionTwo has no"),
-        ([(REGION, "public", "URL"), ("RegionTwo", "public", "http://127.0.0.1:9/v2.1")], TemporaryError, "RegionTwo"),
+        (
+            [(REGION, "public", "URL"), ("RegionTwo", "internal", "URL")],
+            TemporaryError,
+            "Nova in RegionTwo has no",
+        ),
+        (
+            [(REGION, "public", "URL"), ("RegionTwo", "public", "http://127.0.0.1:9/v2.1")],
+            TemporaryError,
+            "RegionTwo",
+        ),
     ],
 )
 def test_a_region_that_cannot_be_asked_stops(
-    ask: Ask, node: Node, endpoints: list[tuple[str, str, str]], error: type[LnImagesError], told: str
+    ask: Ask,
+    node: Node,
+    endpoints: list[tuple[str, str, str]],
+    error: type[LnImagesError],
+    told: str,
 ) -> None:
     """Not even one may be missing: its servers may use any base."""
     with Compute() as nova:
-        given = [(region, interface, url.replace("URL", nova.url)) for region, interface, url in endpoints]
+        given = [
+            (region, interface, url.replace("URL", nova.url))
+            for region, interface, url in endpoints
+        ]
         with in_catalog(node.cloud.identity(), *given), pytest.raises(error, match=told):
             ask()
 
@@ -113,7 +140,10 @@ def test_the_interface_in_use_is_asked(ask: Ask, node: Node) -> None:
 
 @pytest.mark.parametrize("with_server", [True, False])
 def test_a_cell_that_is_down_stops(ask: Ask, nova: Compute, with_server: bool) -> None:
-    """Its servers are left out of the paged list; the first answer and the services show that they exist."""
+    """Its servers are left out of the paged list.
+
+    The first answer and the services show that they exist.
+    """
     nova.servers = [server("far", IMAGE)] * with_server
     nova.cell_down("far")
     with pytest.raises(TemporaryError, match="does not see all of its cells"):
@@ -121,8 +151,13 @@ def test_a_cell_that_is_down_stops(ask: Ask, nova: Compute, with_server: bool) -
     assert nova.asked[-1].path == "/os-services"
 
 
-def test_one_server_in_a_state_that_nobody_knows_is_no_cell_that_is_down(ask: Ask, nova: Compute) -> None:
-    """Nova calls it UNKNOWN, too, but tells its vm_state; it is a server like others, and not at rest."""
+def test_one_server_in_a_state_that_nobody_knows_is_no_cell_that_is_down(
+    ask: Ask, nova: Compute
+) -> None:
+    """Nova calls it UNKNOWN, too, but tells its vm_state.
+
+    It is a server like others, and not at rest.
+    """
     nova.servers = [server("odd", IMAGE, "UNKNOWN")]
     ((odd,), _) = ask()
     assert (odd.status, odd.uses) == ("UNKNOWN", frozenset({IMAGE}))
@@ -133,7 +168,10 @@ def test_one_server_in_a_state_that_nobody_knows_is_no_cell_that_is_down(ask: As
     [
         *(("detail?", Fault(status, b"{}"), TemporaryError) for status in (500, 404, 406, 409)),
         ("detail?", Fault(403, b"{}"), ConfigurationError),
-        *(("detail?", Fault(200, body), TemporaryError) for body in (b"rubbish", b"[]", b'{"servers": null}')),
+        *(
+            ("detail?", Fault(200, body), TemporaryError)
+            for body in (b"rubbish", b"[]", b'{"servers": null}')
+        ),
         ("os-services", Fault(503), TemporaryError),
         ("soft_deleted", Fault(503), TemporaryError),
         ("soft_deleted", Fault(200, b'{"servers": []}'), TemporaryError),
@@ -158,7 +196,9 @@ def test_a_nova_that_hangs_stops(ask: Ask, nova: Compute) -> None:
         ask(timeout=0.5)
 
 
-def test_a_token_that_nova_takes_for_less_than_an_administrators_stops(ask: Ask, nova: Compute) -> None:
+def test_a_token_that_nova_takes_for_less_than_an_administrators_stops(
+    ask: Ask, nova: Compute
+) -> None:
     """Where a policy lets it list all servers and yet drops its filters, the soft-deleted are missing."""
     nova.servers, nova.all_filters = [server("s"), server("gone", IMAGE, "SOFT_DELETED")], False
     with pytest.raises(ConfigurationError, match="less than an administrator"):

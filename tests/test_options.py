@@ -24,28 +24,50 @@ def refused(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize("option", ["--timeout", "--every", "--for"])
-@pytest.mark.parametrize("value", ["nan", "NaN", "-nan", "inf", "-inf", "1e300", "86401", "0", "-1", "soon", ""])
+@pytest.mark.parametrize(
+    "value", ["nan", "NaN", "-nan", "inf", "-inf", "1e300", "86401", "0", "-1", "soon", ""]
+)
 def test_a_length_of_time_is_one_that_a_clock_can_be_set_to(option: str, value: str) -> None:
-    """More than nothing and at most a day; what is no number, or passes every comparison, is refused and named."""
+    """More than nothing and at most a day.
+
+    What is no number, or passes every comparison, is refused and named.
+    """
     assert option in refused(f"{option}={value}")
 
 
 @pytest.mark.parametrize(("value", "seconds"), [("1e-3", 0.001), ("30", 30), ("86400", 86400)])
 def test_seconds_may_have_a_fraction(value: str, seconds: float) -> None:
     """Up to a day all are taken as they are."""
-    assert [read(f"{option}={value}")[name] for option, name in (("--every", "every"), ("--for", "for_seconds"))] == [
-        seconds
-    ] * 2
+    assert [
+        read(f"{option}={value}")[name]
+        for option, name in (("--every", "every"), ("--for", "for_seconds"))
+    ] == [seconds] * 2
 
 
-@pytest.mark.parametrize(("value", "seconds"), [("90s", 90), ("30m", 1800), ("24h", 86400), ("7d", 604800), ("0s", 0)])
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("90s", 90), ("30m", 1800), ("24h", 86400), ("7d", 604800), ("0s", 0)]
+)
 def test_a_duration_has_its_unit(value: str, seconds: int) -> None:
     """Whole seconds, minutes, hours and days are read."""
     assert read("--prune-after", value)["prune_after"] == seconds
 
 
 @pytest.mark.parametrize(
-    "value", ["24", "1.5h", "-1h", "h", "1 h", "1w", "", "1h30m", "1H", "\N{SUPERSCRIPT TWO}h", "1h\n", "9" * 10 + "s"]
+    "value",
+    [
+        "24",
+        "1.5h",
+        "-1h",
+        "h",
+        "1 h",
+        "1w",
+        "",
+        "1h30m",
+        "1H",
+        "\N{SUPERSCRIPT TWO}h",
+        "1h\n",
+        "9" * 10 + "s",
+    ],
 )
 def test_a_duration_without_a_unit_is_refused(value: str) -> None:
     """What may stand for seconds or for hours is no duration."""
@@ -53,7 +75,8 @@ def test_a_duration_without_a_unit_is_refused(value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "mode"), [("0644", 0o644), ("644", 0o644), ("0664", 0o664), ("755", 0o755), ("444", 0o444)]
+    ("value", "mode"),
+    [("0644", 0o644), ("644", 0o644), ("0664", 0o664), ("755", 0o755), ("444", 0o444)],
 )
 def test_a_mode_lets_everybody_read(value: str, mode: int) -> None:
     """Modes that Glance and Nova can read are taken."""
@@ -73,9 +96,15 @@ def test_a_mode_that_is_none_is_refused(value: str) -> None:
 
 
 def test_formats_are_those_that_can_be_linked() -> None:
-    """All of them unless some are named, in any case; the default is every one that can be chosen."""
+    """All of them unless some are named, in any case.
+
+    The default is every one that can be chosen.
+    """
     assert read()["disk_formats"] == ("raw", "iso", "ami", "ari", "aki", "qcow2")
-    assert read("--disk-format", "RAW", "--disk-format", "qcow2")["disk_formats"] == ("raw", "qcow2")
+    assert read("--disk-format", "RAW", "--disk-format", "qcow2")["disk_formats"] == (
+        "raw",
+        "qcow2",
+    )
 
 
 @pytest.mark.parametrize("value", ["vmdk", "vhd", "vhdx", "vdi", "ploop", "qcow3", ""])
@@ -125,13 +154,19 @@ def test_an_owner_that_does_not_exist_is_named(owner: str, named: str) -> None:
 
 
 def test_an_unknown_owner_is_looked_for_where_qemu_runs() -> None:
-    """The mend names the user that QEMU runs as, and where its number is seen: installing QEMU makes no user qemu."""
-    with pytest.raises(ConfigurationError, match=r"QEMU runs as on the compute nodes.*stat -c %u:%g.*disk"):
+    """The mend names the user that QEMU runs as, and where its number is seen.
+
+    Installing QEMU makes no user qemu.
+    """
+    with pytest.raises(
+        ConfigurationError, match=r"QEMU runs as on the compute nodes.*stat -c %u:%g.*disk"
+    ):
         read("--owner", "nobody-of-this-name")
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--for", "58"], ["--prune-unmarked"], ["--for", "58", "--prune", "--prune-unmarked"]]
+    "arguments",
+    [["--for", "58"], ["--prune-unmarked"], ["--for", "58", "--prune", "--prune-unmarked"]],
 )
 def test_an_option_that_means_nothing_alone_is_refused(arguments: list[str]) -> None:
     """--for without --every and --prune-unmarked without --prune are usage errors, before anything is done."""
@@ -147,12 +182,19 @@ def test_every_option_has_its_variable() -> None:
         if name in ("HELP", "VERSION"):
             continue
         explicit = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or [])
-        assert f"LN_IMAGES_{name}" in [*explicit, f"{context.auto_envvar_prefix}_{str(option.name).upper()}"]
+        assert f"LN_IMAGES_{name}" in [
+            *explicit,
+            f"{context.auto_envvar_prefix}_{str(option.name).upper()}",
+        ]
 
 
-@pytest.mark.parametrize(("value", "on"), [("0", False), ("false", False), ("", False), ("1", True), ("yes", True)])
+@pytest.mark.parametrize(
+    ("value", "on"), [("0", False), ("false", False), ("", False), ("1", True), ("yes", True)]
+)
 @pytest.mark.parametrize("name", ["prune", "dry_run", "verify"])
-def test_a_flag_of_the_environment_can_say_no(monkeypatch: pytest.MonkeyPatch, name: str, value: str, on: bool) -> None:
+def test_a_flag_of_the_environment_can_say_no(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, on: bool
+) -> None:
     """LN_IMAGES_<OPTION> is read as yes or no."""
     monkeypatch.setenv(f"LN_IMAGES_{name.upper()}", value)
     assert read()[name] is on

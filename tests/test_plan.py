@@ -10,14 +10,25 @@ from hypothesis import strategies as st
 
 from conftest import DEFAULTS
 from ln_images.model import UNMARKABLE, File, Image, Outcome, Verdict
-from ln_images.plan import IN_FLIGHT, cache_name, held, is_downloading, is_image_id, judge_files, judge_image, look
+from ln_images.plan import (
+    IN_FLIGHT,
+    cache_name,
+    held,
+    is_downloading,
+    is_image_id,
+    judge_files,
+    judge_image,
+    look,
+)
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = ID.upper()
 OPTIONS = replace(DEFAULTS, owner=(107, 108), disk_formats=("raw", "qcow2"))
 IMAGE = Image(ID, "name", "active", "raw", 1000)
 SOURCE = File(stat.S_IFREG | 0o640, 11, 1, links=1, uid=64062, gid=64062, size=1000, changed=0.0)
-LINK = SOURCE._replace(mode=stat.S_IFREG | 0o644, uid=107, gid=108, links=2, mark=ID, marked_size=1000)
+LINK = SOURCE._replace(
+    mode=stat.S_IFREG | 0o644, uid=107, gid=108, links=2, mark=ID, marked_size=1000
+)
 
 NAME = cache_name(ID)
 # What Nova left under the cache name.
@@ -34,7 +45,10 @@ def verdict_of(image: Image, source: File | None, entry: File | None) -> Verdict
 def test_the_cache_name_is_novas() -> None:
     """The golden vector, made by Nova itself; an id's case counts."""
     assert cache_name(ID) == "0d5e6b61602d758984b3bf038267614d6016eb2a"
-    assert cache_name(ID.upper()) == hashlib.sha1(ID.upper().encode(), usedforsecurity=False).hexdigest()
+    assert (
+        cache_name(ID.upper())
+        == hashlib.sha1(ID.upper().encode(), usedforsecurity=False).hexdigest()
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,31 +123,66 @@ def test_glances_word_alone_decides(change: dict[str, object], outcome: str, rea
         (SOURCE._replace(size=0), None, "waiting", "0 of 1000 bytes are here"),
         (SOURCE._replace(size=1001), None, "refused", "the file has 1001 bytes, Glance says 1000"),
         (SOURCE._replace(size=1001), NOVAS, "refused", "the file has 1001 bytes, Glance says 1000"),
-        (SOURCE._replace(size=1001), LINK._replace(size=1001), "damaged", TRUNCATED.replace("999", "1001")),
-        (SOURCE._replace(mode=stat.S_IFLNK | 0o777), None, "refused", "the file is a symbolic link"),
+        (
+            SOURCE._replace(size=1001),
+            LINK._replace(size=1001),
+            "damaged",
+            TRUNCATED.replace("999", "1001"),
+        ),
+        (
+            SOURCE._replace(mode=stat.S_IFLNK | 0o777),
+            None,
+            "refused",
+            "the file is a symbolic link",
+        ),
         (SOURCE._replace(mode=stat.S_IFIFO | 0o644), None, "refused", "the file is a FIFO"),
         (SOURCE._replace(mode=stat.S_IFDIR | 0o755), None, "refused", "the file is a directory"),
         (SOURCE._replace(mode=stat.S_IFSOCK | 0o755), None, "refused", "the file is a socket"),
         (SOURCE._replace(mode=stat.S_IFBLK | 0o600), None, "refused", "the file is a device"),
         (SOURCE._replace(mode=stat.S_IFCHR | 0o600), None, "refused", "the file is a device"),
         (SOURCE._replace(size=999), LINK._replace(size=999), "damaged", TRUNCATED),
-        (SOURCE._replace(size=999), LINK._replace(inode=12), "waiting", "999 of 1000 bytes are here"),
+        (
+            SOURCE._replace(size=999),
+            LINK._replace(inode=12),
+            "waiting",
+            "999 of 1000 bytes are here",
+        ),
         (SOURCE, LINK._replace(inode=12), "failed", EARLIER),
         (SOURCE, LINK._replace(inode=12, size=7, marked_size=7), "failed", EARLIER),
         (SOURCE, NOVAS, "occupied", "another file of the same size has the cache name"),
-        (SOURCE, NOVAS._replace(mark=OTHER), "occupied", "another file of the same size has the cache name"),
-        (SOURCE, NOVAS._replace(inode=11, device=2), "occupied", "another file of the same size has the cache name"),
+        (
+            SOURCE,
+            NOVAS._replace(mark=OTHER),
+            "occupied",
+            "another file of the same size has the cache name",
+        ),
+        (
+            SOURCE,
+            NOVAS._replace(inode=11, device=2),
+            "occupied",
+            "another file of the same size has the cache name",
+        ),
         (
             SOURCE,
             NOVAS._replace(size=7),
             "occupied",
             "another file has the cache name, and differs: 7 bytes, the image has 1000",
         ),
-        (SOURCE, LINK._replace(inode=12, mode=stat.S_IFLNK | 0o777), "occupied", "the cache name is a symbolic link"),
+        (
+            SOURCE,
+            LINK._replace(inode=12, mode=stat.S_IFLNK | 0o777),
+            "occupied",
+            "the cache name is a symbolic link",
+        ),
     ],
 )
-def test_the_disk_decides(source: File | None, entry: File | None, outcome: str, reason: str) -> None:
-    """An active image is linked when its file is whole and its name is free; a taken name is never replaced."""
+def test_the_disk_decides(
+    source: File | None, entry: File | None, outcome: str, reason: str
+) -> None:
+    """An active image is linked when its file is whole and its name is free.
+
+    A taken name is never replaced.
+    """
     assert verdict_of(IMAGE, source, entry) == Verdict(Outcome(outcome), reason)
 
 
@@ -149,15 +198,25 @@ def test_the_disk_decides(source: File | None, entry: File | None, outcome: str,
 def test_an_image_that_is_being_copied_into_a_store_waits(
     source: File | None, entry: File | None, outcome: str
 ) -> None:
-    """An active image that Glance still copies into a store may be partial in this one; a link that stands is right."""
-    assert verdict_of(replace(IMAGE, importing_to="here"), source, entry).outcome is Outcome(outcome)
+    """An active image that Glance still copies into a store may be partial in this one.
+
+    A link that stands is right.
+    """
+    assert verdict_of(replace(IMAGE, importing_to="here"), source, entry).outcome is Outcome(
+        outcome
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "entry", "settled"),
     [
         pytest.param(NAME, LINK, True, id="as wanted"),
-        pytest.param(NAME, LINK._replace(mark=UNMARKABLE, marked_size=None), True, id="where nothing bears marks"),
+        pytest.param(
+            NAME,
+            LINK._replace(mark=UNMARKABLE, marked_size=None),
+            True,
+            id="where nothing bears marks",
+        ),
         pytest.param(NAME.upper(), LINK, False, id="another name"),
         pytest.param(NAME, LINK._replace(inode=12), False, id="another inode"),
         pytest.param(NAME, LINK._replace(uid=0), False, id="another owner"),
@@ -168,12 +227,21 @@ def test_an_image_that_is_being_copied_into_a_store_waits(
         pytest.param(NAME, LINK._replace(mark=OTHER), False, id="the mark of another"),
         pytest.param(NAME, LINK._replace(marked_size=None), False, id="no size"),
         pytest.param(NAME, LINK._replace(size=999), False, id="another size"),
-        pytest.param(NAME, Verdict(Outcome.FAILED, "Structure needs cleaning"), False, id="not to be looked at"),
+        pytest.param(
+            NAME,
+            Verdict(Outcome.FAILED, "Structure needs cleaning"),
+            False,
+            id="not to be looked at",
+        ),
     ],
 )
-def test_only_a_link_that_is_right_in_all_is_settled(name: str, entry: File | Verdict, settled: bool) -> None:
+def test_only_a_link_that_is_right_in_all_is_settled(
+    name: str, entry: File | Verdict, settled: bool
+) -> None:
     """Glance is not asked about an image exactly where name, inode, owner, mode, mark and size are all right."""
-    found = look({11: [ID], 13: ["lost+found"]}, [("a", LINK._replace(inode=13)), (name, entry)], OPTIONS)
+    found = look(
+        {11: [ID], 13: ["lost+found"]}, [("a", LINK._replace(inode=13)), (name, entry)], OPTIONS
+    )
     assert (found.settled, found.unsettled) == (([ID], []) if settled else ([], [ID]))
     assert found.broken == ({name: entry} if isinstance(entry, Verdict) else {})
 
@@ -181,11 +249,17 @@ def test_only_a_link_that_is_right_in_all_is_settled(name: str, entry: File | Ve
 def test_two_images_on_one_inode_are_both_settled() -> None:
     """A tool that links equal files of the store leaves one inode to two images, with the mark of one of them."""
     two = LINK._replace(links=4)
-    assert look({11: [ID, OTHER]}, [(NAME, two), (cache_name(OTHER), two)], OPTIONS).settled == [ID, OTHER]
+    assert look({11: [ID, OTHER]}, [(NAME, two), (cache_name(OTHER), two)], OPTIONS).settled == [
+        ID,
+        OTHER,
+    ]
 
 
 def test_inodes_that_the_directory_tells_wrong_settle_nothing() -> None:
-    """Where d_ino is not st_ino each image is looked at by itself; a link of a file in the store is never a base."""
+    """Where d_ino is not st_ino each image is looked at by itself.
+
+    A link of a file in the store is never a base.
+    """
     found = look({99: [ID]}, [(NAME, LINK), (cache_name(OTHER), NOVAS._replace(links=2))], OPTIONS)
     assert (found.settled, found.unsettled) == ([], [ID])
     assert [base.name for base in found.bases] == [cache_name(OTHER)]
@@ -211,8 +285,13 @@ ORPHAN = LINK._replace(inode=12, links=1)
         ("ephemeral_1_40d1d2c", ORPHAN, None),
     ],
 )
-def test_what_no_image_stands_behind_is_a_base(name: str, entry: File, base: tuple[str, str, str] | None) -> None:
-    """A regular file with the name of a base is one; whose it is, the mark tells where it fits the name."""
+def test_what_no_image_stands_behind_is_a_base(
+    name: str, entry: File, base: tuple[str, str, str] | None
+) -> None:
+    """A regular file with the name of a base is one.
+
+    Whose it is, the mark tells where it fits the name.
+    """
     found = look({11: ["fd0cb2f1"]}, [(name, entry)], OPTIONS)
     kinds = [kind for kind, (count, _) in held(found.bases, {}).items() if count]
     assert [(*kinds, one.name, one.image_id) for one in found.bases] == ([base] if base else [])
@@ -226,8 +305,17 @@ def test_an_earlier_image_of_an_id_is_no_base() -> None:
 
 
 def test_a_download_rests_ten_minutes() -> None:
-    """A file that Nova has not written to for longer is a leftover; one from the future is no less new."""
-    assert [is_downloading(NOVAS, now) for now in (-599, 0, 599, 600, -600)] == [True, True, True, False, False]
+    """A file that Nova has not written to for longer is a leftover.
+
+    One from the future is no less new.
+    """
+    assert [is_downloading(NOVAS, now) for now in (-599, 0, 599, 600, -600)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 statuses = st.one_of(st.sampled_from(["active", "deactivated", "killed", *IN_FLIGHT]), st.text())
@@ -284,11 +372,16 @@ def test_only_a_whole_active_image_with_a_free_name_is_linked(
 def test_planning_again_after_applying_finds_nothing_to_do(
     image: Image, source: File | None, entry: File | None
 ) -> None:
-    """What was linked or repaired is present in the next pass; every other verdict stays what it is."""
+    """What was linked or repaired is present in the next pass.
+
+    Every other verdict stays what it is.
+    """
     verdict = verdict_of(image, source, entry)
     if verdict.outcome in (Outcome.LINKED, Outcome.REPAIRED):
         assert source is not None
-        mended = source._replace(uid=107, gid=108, mode=stat.S_IFREG | 0o644, mark=image.id, marked_size=source.size)
+        mended = source._replace(
+            uid=107, gid=108, mode=stat.S_IFREG | 0o644, mark=image.id, marked_size=source.size
+        )
         assert verdict_of(image, mended, mended) == Verdict(Outcome.PRESENT)
     else:
         assert verdict_of(image, source, entry) == verdict

@@ -1,4 +1,7 @@
-"""The clean-up: any doubt keeps, nothing is beyond recall before it was retired, and all in the cache is told of."""
+"""The clean-up.
+
+Any doubt keeps, nothing is beyond recall before it was retired, and all in the cache is told of.
+"""
 
 import contextlib
 import json
@@ -42,14 +45,27 @@ ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = "a0000000-0000-4000-8000-000000000000"
 NAME = cache_name(ID)
 DAY = 86400.0
-RETIRE, RESTORE, REMOVE = (Verdict(one) for one in (Outcome.RETIRED, Outcome.RESTORED, Outcome.PRUNED))
+RETIRE, RESTORE, REMOVE = (
+    Verdict(one) for one in (Outcome.RETIRED, Outcome.RESTORED, Outcome.PRUNED)
+)
 FILE = File(stat.S_IFREG | 0o644, 11, 1, links=1, uid=0, gid=0, size=1000, changed=0.0, mark=ID)
-LINKED, UNKNOWN, RETIRED = Base(NAME, ID, False, FILE), Base(NAME, "", False, FILE), Base(NAME, ID, True, FILE)
+LINKED, UNKNOWN, RETIRED = (
+    Base(NAME, ID, False, FILE),
+    Base(NAME, "", False, FILE),
+    Base(NAME, ID, True, FILE),
+)
 
 
 def server(**changes: object) -> Server:
     """A server that runs from another image."""
-    values = {"id": "s1", "status": "ACTIVE", "task_state": "", "host": "h", "image": OTHER, "uses": {OTHER}} | changes
+    values = {
+        "id": "s1",
+        "status": "ACTIVE",
+        "task_state": "",
+        "host": "h",
+        "image": OTHER,
+        "uses": {OTHER},
+    } | changes
     return Server(**values)  # type: ignore[arg-type]
 
 
@@ -81,7 +97,10 @@ DOUBTS = [
 
 @pytest.mark.parametrize("base", [LINKED, UNKNOWN])
 def test_each_condition_alone_keeps_a_base(base: Base) -> None:
-    """Whatever single thing speaks for a base, it is kept, and the report says which. Else it is retired."""
+    """Whatever single thing speaks for a base, it is kept, and the report says which.
+
+    Else it is retired.
+    """
     for known, reason in NEEDS + DOUBTS:
         assert judge(base, known) == Verdict(Outcome.KEPT, f"{reason}; unused for 2 d")
     for known, reason in YOUNG:
@@ -90,13 +109,20 @@ def test_each_condition_alone_keeps_a_base(base: Base) -> None:
 
 
 def test_each_need_alone_restores_a_retired_base() -> None:
-    """At once, whatever its age; a doubt only keeps it where it is, and else it goes after the same time again."""
+    """At once, whatever its age.
+
+    A doubt only keeps it where it is, and else it goes after the same time again.
+    """
     for known, reason in NEEDS:
         for now in (-5.0, 1.0, 2 * DAY):
-            assert judge(RETIRED, Evidence(**{**vars(known), "now": now})) == Verdict(Outcome.RESTORED, reason)
+            assert judge(RETIRED, Evidence(**{**vars(known), "now": now})) == Verdict(
+                Outcome.RESTORED, reason
+            )
     for known, reason in DOUBTS:
         assert judge(RETIRED, known) == Verdict(Outcome.KEPT, f"{reason}; unused for 2 d")
-    assert judge(RETIRED, evidence(now=DAY - 1)) == Verdict(Outcome.KEPT, "retired 23 h 59 min ago, kept for 1 d")
+    assert judge(RETIRED, evidence(now=DAY - 1)) == Verdict(
+        Outcome.KEPT, "retired 23 h 59 min ago, kept for 1 d"
+    )
     assert judge(RETIRED, evidence()) == Verdict(Outcome.PRUNED, "retired 2 d ago")
     twice = RETIRED._replace(file=FILE._replace(links=2))
     assert judge(twice, evidence()) == Verdict(Outcome.KEPT, "it has another name, too")
@@ -109,7 +135,10 @@ def test_a_server_needs_what_it_was_built_from_though_the_id_is_uploaded_anew() 
 
 
 def test_what_needs_a_base_goes_before_a_new_upload_under_its_id() -> None:
-    """A disk or a client has the earlier content: it is restored, so that the upload cannot take its name."""
+    """A disk or a client has the earlier content.
+
+    It is restored, so that the upload cannot take its name.
+    """
     for known in ({"disks": Disks({NAME: "/i/s1/disk"})}, {"opened": frozenset({11})}):
         uploaded = evidence(images=[Image(ID, status="saving")], **known)
         assert judge(RETIRED, uploaded).outcome is Outcome.RESTORED
@@ -142,14 +171,32 @@ def test_a_server_that_is_not_at_rest_may_use_any_base(unsettled: dict[str, str]
 
 
 def test_servers_at_rest_are_no_doubt() -> None:
-    """Building is no doubt, since a build names its image; nor is an error of a server that never had a disk."""
-    at_rest = [{}, {"task_state": "spawning"}, {"status": "SHUTOFF"}, {"status": "SHELVED_OFFLOADED", "host": ""}]
-    assert not restless(server(**one) for one in [*at_rest, {"status": "ERROR", "host": ""}, {"status": "BUILD"}])
+    """Building is no doubt, since a build names its image.
+
+    Nor is an error of a server that never had a disk.
+    """
+    at_rest = [
+        {},
+        {"task_state": "spawning"},
+        {"status": "SHUTOFF"},
+        {"status": "SHELVED_OFFLOADED", "host": ""},
+    ]
+    assert not restless(
+        server(**one) for one in [*at_rest, {"status": "ERROR", "host": ""}, {"status": "BUILD"}]
+    )
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (-3, "0 s"), (59, "59 s"), (60, "1 min"), (3600, "1 h"), (90061, "1 d 1 h"), (86400 * 400, "400 d")],
+    [
+        (0, "0 s"),
+        (-3, "0 s"),
+        (59, "59 s"),
+        (60, "1 min"),
+        (3600, "1 h"),
+        (90061, "1 d 1 h"),
+        (86400 * 400, "400 d"),
+    ],
 )
 def test_ages_are_said_in_two_units(seconds: float, text: str) -> None:
     """A duration is short and readable."""
@@ -160,16 +207,30 @@ spellings = st.sampled_from([ID, ID.upper(), ID[:8].upper() + ID[8:], OTHER])
 
 
 @given(ours=spellings, theirs=spellings, server_has_it=st.booleans(), marked=st.booleans())
-def test_ids_are_compared_without_regard_to_case(ours: str, theirs: str, server_has_it: bool, marked: bool) -> None:
-    """Servers name images in any spelling; of a base without a mark, in the three in which it could have its name."""
+def test_ids_are_compared_without_regard_to_case(
+    ours: str, theirs: str, server_has_it: bool, marked: bool
+) -> None:
+    """Servers name images in any spelling.
+
+    Of a base without a mark, in the three in which it could have its name.
+    """
     base = Base(cache_name(ours), ours if marked else "", False, FILE)
-    known = evidence(servers=[server(uses={theirs})]) if server_has_it else evidence(images=[Image(theirs)])
-    needs = ours == theirs or (ours.lower() == theirs.lower() and (marked or ours in (ours.lower(), ours.upper())))
+    known = (
+        evidence(servers=[server(uses={theirs})])
+        if server_has_it
+        else evidence(images=[Image(theirs)])
+    )
+    needs = ours == theirs or (
+        ours.lower() == theirs.lower() and (marked or ours in (ours.lower(), ours.upper()))
+    )
     assert (judge(base, known).outcome is Outcome.KEPT) is needs
 
 
 def options(place: Path, **changes: Any) -> Options:
-    """A clean-up of what lies in ``images`` and ``cache`` below ``place``; by default nothing need be old."""
+    """A clean-up of what lies in ``images`` and ``cache`` below ``place``.
+
+    By default nothing need be old.
+    """
     values: dict[str, Any] = {
         "images_dir": str(place / "images"),
         "cache_dir": str(place / "cache"),
@@ -181,7 +242,10 @@ def options(place: Path, **changes: Any) -> Options:
 
 @pytest.fixture(params=["here", pytest.param("without RENAME_NOREPLACE", marks=needs_root)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """Where both directories lie: on the machine's own file system, and on one that knows no such rename."""
+    """Where both directories lie.
+
+    On the machine's own file system, and on one that knows no such rename.
+    """
     with contextlib.ExitStack() as mounts:
         at = tmp_path
         if request.param != "here":
@@ -244,8 +308,12 @@ def test_a_base_is_retired_restored_and_removed(place: Path) -> None:
         pytest.param(lambda entry: os.utime(entry), id="Nova uses it: its ctime is renewed"),
         pytest.param(lambda entry: os.link(entry, entry.with_name("x")), id="it has another link"),
         pytest.param(lambda entry: entry.rename(entry.with_name("x")), id="it is gone"),
-        pytest.param(lambda entry: (entry.unlink(), entry.write_bytes(b"base")), id="it is another file"),
-        pytest.param(lambda entry: (entry.unlink(), entry.symlink_to("x")), id="it is a symbolic link"),
+        pytest.param(
+            lambda entry: (entry.unlink(), entry.write_bytes(b"base")), id="it is another file"
+        ),
+        pytest.param(
+            lambda entry: (entry.unlink(), entry.symlink_to("x")), id="it is a symbolic link"
+        ),
         pytest.param(lambda entry: os.removexattr(entry, MARK), id="its mark is gone"),
     ],
 )
@@ -270,35 +338,49 @@ def test_a_base_that_changes_in_the_last_moment_is_kept(
 
 @pytest.mark.parametrize("retire", [True, False])
 def test_nothing_is_replaced(place: Path, retire: bool) -> None:
-    """Where another file has the new name, both stay, and the reason says so. Also where the kernel cannot tell."""
+    """Where another file has the new name, both stay, and the reason says so.
+
+    Also where the kernel cannot tell.
+    """
     entry = base_in(place / "cache")
     retired = entry.with_name(f"{NAME}.retired")
     retired.write_bytes(b"other")
     old, new = (entry, retired) if retire else (retired, entry)
     before = {path: path.read_bytes() for path in (place / "cache").iterdir()}
     with Disk(str(place / "images"), str(place / "cache")) as disk:
-        verdict = disk.carry_out(bases_of(disk, place)[NAME, not retire], RETIRE if retire else RESTORE)
-    assert verdict == Verdict(Outcome.KEPT, f"another file has the name {new.name}: keep the one that servers need"), (
-        old
-    )
+        verdict = disk.carry_out(
+            bases_of(disk, place)[NAME, not retire], RETIRE if retire else RESTORE
+        )
+    assert verdict == Verdict(
+        Outcome.KEPT, f"another file has the name {new.name}: keep the one that servers need"
+    ), old
     assert {path: path.read_bytes() for path in (place / "cache").iterdir()} == before
 
 
 @pytest.mark.parametrize("retire", [True, False])
 def test_a_crash_between_two_names_is_mended(place: Path, retire: bool) -> None:
-    """Without that rename a base has both names for a moment: the next move, either way, leaves it one."""
+    """Without that rename a base has both names for a moment.
+
+    The next move, either way, leaves it one.
+    """
     entry = base_in(place / "cache")
     os.link(entry, retired := entry.with_name(f"{NAME}.retired"))
     with Disk(str(place / "images"), str(place / "cache")) as disk:
         bases = bases_of(disk, place)
-        assert {key: base.image_id for key, base in bases.items()} == {(NAME, False): ID, (NAME, True): ID}
+        assert {key: base.image_id for key, base in bases.items()} == {
+            (NAME, False): ID,
+            (NAME, True): ID,
+        }
         verdict = RETIRE if retire else RESTORE
         assert disk.carry_out(bases[NAME, not retire], verdict) is verdict
         assert list((place / "cache").iterdir()) == [retired if retire else entry]
 
 
 def test_a_base_is_not_restored_under_a_download(place: Path) -> None:
-    """Nova would replace it when the download ends; a leftover of one is no hindrance once it has rested."""
+    """Nova would replace it when the download ends.
+
+    A leftover of one is no hindrance once it has rested.
+    """
     entry = base_in(place / "cache")
     retired, part = (entry.with_name(NAME + suffix) for suffix in (".retired", ".part"))
     entry.rename(retired)
@@ -361,7 +443,10 @@ AGE = re.compile(r"(?:; )?(?:unused for|retired) \d+ s(?: ago)?$")
 
 
 def orphan(node: Node, **changes: Any) -> str:
-    """What is left of an image that was linked and deleted; in the same way, but unmarked, of one that Nova fetched."""
+    """What is left of an image that was linked and deleted.
+
+    In the same way, but unmarked, of one that Nova fetched.
+    """
     image = str(uuid.uuid4())
     base_in(node.cache, image, DATA, **changes)
     return image
@@ -382,16 +467,27 @@ def set_aside(node: Node, image: str) -> Path:
 Found = dict[str, tuple[str, str]]
 
 
-def prune(node: Node, *arguments: str, status: int = 0, after: str = "0s", **variables: str | None) -> Found:
-    """Runs a pass that prunes; (outcome, reason without the age) of each base, by its image's id, or else its name."""
+def prune(
+    node: Node, *arguments: str, status: int = 0, after: str = "0s", **variables: str | None
+) -> Found:
+    """Runs a pass that prunes.
+
+    (outcome, reason without the age) of each base, by its image's id, or else its name.
+    """
     run = node.run("--prune", "--prune-after", after, "--format", "json", *arguments, **variables)
     assert run.returncode == status, run.stderr
     images = json.loads(run.stdout)["images"]
-    return {one["id"] or one["cache_name"]: (one["outcome"], AGE.sub("", one["reason"])) for one in images}
+    return {
+        one["id"] or one["cache_name"]: (one["outcome"], AGE.sub("", one["reason"]))
+        for one in images
+    }
 
 
 def test_a_base_that_nothing_needs_is_retired_and_then_removed(node: Node, nova: Compute) -> None:
-    """From the upload to the end: linked, deleted in Glance, retired, restored when a server needs it, and removed."""
+    """From the upload to the end.
+
+    Linked, deleted in Glance, retired, restored when a server needs it, and removed.
+    """
     gone, stays = node.cloud.image("gone", DATA), node.cloud.image("stays", DATA)
     assert node.run().returncode == 0
     node.cloud.delete(gone)
@@ -406,7 +502,9 @@ def test_a_base_that_nothing_needs_is_retired_and_then_removed(node: Node, nova:
     nova.servers.pop()
     assert prune(node)[gone][0] == "retired"
     # By default it then lies there for a day.
-    assert [reason.partition(" ago")[2] for _, reason in [prune(node, after="24h")[gone]]] == [", kept for 1 d"]
+    assert [reason.partition(" ago")[2] for _, reason in [prune(node, after="24h")[gone]]] == [
+        ", kept for 1 d"
+    ]
     assert prune(node) == {gone: ("pruned", "")}
     assert prune(node) == {}
     assert node.names() == {node.entry(stays).name}
@@ -421,7 +519,9 @@ def test_what_is_young_is_kept_and_nothing_is_asked(node: Node, nova: Compute) -
 
 
 @pytest.mark.parametrize("bases", [True, False])
-def test_a_dry_run_asks_everything_and_touches_nothing(node: Node, nova: Compute, bases: bool) -> None:
+def test_a_dry_run_asks_everything_and_touches_nothing(
+    node: Node, nova: Compute, bases: bool
+) -> None:
     """Also where nothing could be retired, it says which server, which old Nova or which fault would prevent it."""
     if bases:
         orphan(node), retired(node), orphan(node, mark=False)
@@ -429,7 +529,9 @@ def test_a_dry_run_asks_everything_and_touches_nothing(node: Node, nova: Compute
     arguments = ("--dry-run", "--prune", "--prune-after", "0s", "--prune-unmarked")
     run = node.run(*arguments)
     held = "2 retired, 1 pruned, 4.9 KiB freed, 4.9 KiB held by 1 of deleted images, 4.9 KiB held by 1 not linked here"
-    assert (f"dry run: {held}, 4.9 KiB held by 1 retired," if bases else "dry run: no images,") in run.stdout
+    assert (
+        f"dry run: {held}, 4.9 KiB held by 1 retired," if bases else "dry run: no images,"
+    ) in run.stdout
     assert {asked.path for asked in nova.asked} == {"/servers/detail", "/os-services"}
     assert run.stderr == ""
     nova.newest = (2, 90)
@@ -443,10 +545,20 @@ def test_a_dry_run_asks_everything_and_touches_nothing(node: Node, nova: Compute
 
 
 def test_every_pass_tells_what_bases_hold(node: Node) -> None:
-    """Without --prune, by the disk alone: marked, unmarked and retired ones, and nothing else that lies there."""
+    """Without --prune, by the disk alone.
+
+    Marked, unmarked and retired ones, and nothing else that lies there.
+    """
     orphan(node), orphan(node), retired(node), orphan(node, mark=False), retired(node, mark=False)
     name = node.entry(orphan(node, mark=False)).name
-    for other in (f"{name}.part", f"{name}.converted", f"{name}_20", "ephemeral_20_40d1d2c", "swap_512", name.upper()):
+    for other in (
+        f"{name}.part",
+        f"{name}.converted",
+        f"{name}_20",
+        "ephemeral_20_40d1d2c",
+        "swap_512",
+        name.upper(),
+    ):
         (node.cache / other).write_bytes(DATA)
     (node.cache / cache_name("a")).symlink_to(name)
     (node.cache / cache_name("b")).mkdir()
@@ -458,7 +570,9 @@ def test_every_pass_tells_what_bases_hold(node: Node) -> None:
 
 
 def test_unmarked_bases_go_where_it_is_asked_for(node: Node, nova: Compute) -> None:
-    """--prune leaves them. --prune-unmarked takes those that no image of Glance and no server names, in any spelling.
+    """--prune leaves them.
+
+    --prune-unmarked takes those that no image of Glance and no server names, in any spelling.
 
     Nova's files of other forms stay, however old they are.
     """
@@ -467,9 +581,15 @@ def test_unmarked_bases_go_where_it_is_asked_for(node: Node, nova: Compute) -> N
     uses = {"OS-EXT-SRV-ATTR:kernel_id": plain, "OS-EXT-SRV-ATTR:ramdisk_id": mixed}
     nova.servers = [a_server("s", upper.lower(), **uses)]
     hidden = node.cloud.create("hidden", os_hidden=True)
-    named = {image: base_in(node.cache, image, DATA, mark=False) for image in (plain, upper, mixed, hidden)}
+    named = {
+        image: base_in(node.cache, image, DATA, mark=False)
+        for image in (plain, upper, mixed, hidden)
+    }
     nobodys = node.entry(orphan(node, mark=False)).name
-    own = [f"{nobodys}{suffix}" for suffix in (".part", ".converted", "_20")] + ["ephemeral_20_40d1d2c", "swap_512"]
+    own = [f"{nobodys}{suffix}" for suffix in (".part", ".converted", "_20")] + [
+        "ephemeral_20_40d1d2c",
+        "swap_512",
+    ]
     for other in own:
         (node.cache / other).write_bytes(DATA)
     before = node.names()
@@ -490,7 +610,9 @@ def test_unmarked_bases_go_where_it_is_asked_for(node: Node, nova: Compute) -> N
 
 
 @pytest.mark.usefixtures("nova")
-def test_an_unmarked_base_that_a_disk_needs_is_kept_and_restored(node: Node, tmp_path: Path) -> None:
+def test_an_unmarked_base_that_a_disk_needs_is_kept_and_restored(
+    node: Node, tmp_path: Path
+) -> None:
     """The proof by the disk needs no id; nor does the way back."""
     here, aside = (node.entry(image(node, mark=False)) for image in (orphan, retired))
     for base, one in ((here, S1), (aside, S2)):
@@ -531,7 +653,10 @@ class Clocked(Disk):
 
 
 class World:
-    """A cloud in which anything happens, and what in it needs which base; the clean-up knows nothing of this."""
+    """A cloud in which anything happens, and what in it needs which base.
+
+    The clean-up knows nothing of this.
+    """
 
     # Linked here, and in no case that Nova would try; and two that Nova fetched.
     MARKED = ID[:8].upper() + ID[8:]
@@ -550,7 +675,10 @@ class World:
         self.disks: dict[str, str] = {}
         self.damaged: set[str] = set()
         self.open: set[str] = set()
-        self.inodes = {one: base_in(place / "cache", one, b"", one == self.MARKED).stat().st_ino for one in self.IMAGES}
+        self.inodes = {
+            one: base_in(place / "cache", one, b"", one == self.MARKED).stat().st_ino
+            for one in self.IMAGES
+        }
         self.disk.changed = dict.fromkeys(self.inodes.values(), 0.0)
         session = Session(auth=Token(nova.url, "token"))
         self.connection = Connection(session, None, None, 10)
@@ -606,8 +734,13 @@ class World:
         return bool(self.damaged) or any(one["status"] == "RESCUE" for one in self.servers.values())
 
     def where(self, image: str) -> tuple[bool, bool]:
-        """Whether the base of an image has its name, and whether it is retired; always the same inode."""
-        entries = (self.place / "cache" / f"{cache_name(image)}{suffix}" for suffix in ("", ".retired"))
+        """Whether the base of an image has its name, and whether it is retired.
+
+        Always the same inode.
+        """
+        entries = (
+            self.place / "cache" / f"{cache_name(image)}{suffix}" for suffix in ("", ".retired")
+        )
         return tuple(  # type: ignore[return-value]
             entry.exists() and entry.stat().st_ino == self.inodes[image] for entry in entries
         )
@@ -624,19 +757,27 @@ class World:
             elif server_id in self.damaged:
                 (instances / server_id).mkdir()
                 (instances / server_id / "disk").write_bytes(b"QFI\xfb")
-        lines = (f'{{ type: open, superblock: "fe:00:{self.inodes[image]}" }}\n' for image in self.open)
+        lines = (
+            f'{{ type: open, superblock: "fe:00:{self.inodes[image]}" }}\n' for image in self.open
+        )
         (self.place / "nfsd" / "clients" / "1" / "states").write_text("".join(lines))
-        given = options(self.place, prune_after=DAY, prune_unmarked=True, instances_dirs=(str(instances),))
+        given = options(
+            self.place, prune_after=DAY, prune_unmarked=True, instances_dirs=(str(instances),)
+        )
         found = look(self.disk.sources(), self.disk.entries(), given).bases
         bases = [
             base._replace(file=file)
             for base in found
             if (file := self.disk.entry(base.name + ".retired" * base.retired)) is not None
         ]
-        listed = {image_id: status for image_id, status in self.glance.items() if status != "unlisted"}
+        listed = {
+            image_id: status for image_id, status in self.glance.items() if status != "unlisted"
+        }
         images = {image_id: Image(image_id, status=status) for image_id, status in listed.items()}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ln_images.prune.open_inodes", lambda: open_inodes(str(self.place / "nfsd")))
+            patch.setattr(
+                "ln_images.prune.open_inodes", lambda: open_inodes(str(self.place / "nfsd"))
+            )
             glance: Any = self
             list(clean_up(given, glance, self.disk, bases, images, self.disk.now))
 
@@ -645,7 +786,10 @@ class World:
 def headers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], bytes]:
     """The first part of a real overlay on the base of each image."""
     place = tmp_path_factory.mktemp("headers")
-    made = {image: overlay(place, str(n), Path("/_base") / cache_name(image)) for n, image in enumerate(World.IMAGES)}
+    made = {
+        image: overlay(place, str(n), Path("/_base") / cache_name(image))
+        for n, image in enumerate(World.IMAGES)
+    }
 
     def header(image: str) -> bytes:
         return made[image].read_bytes()[:4096]
@@ -663,10 +807,14 @@ WHAT: tuple[str, ...] = (
 WHAT += ("a server comes", "a server goes", "a disk comes", "a disk is damaged", "a disk goes")
 WHAT += ("a client opens a base", "it closes it")
 events = st.tuples(
-    st.sampled_from(WHAT), st.sampled_from(World.IMAGES), st.sampled_from(World.SERVERS), st.floats(0, 3)
+    st.sampled_from(WHAT),
+    st.sampled_from(World.IMAGES),
+    st.sampled_from(World.SERVERS),
+    st.floats(0, 3),
 )
 MARKED, UPPER, LOWER = World.IMAGES
-# Each of these shows by itself that one kind of evidence counts, whatever the others do; in an empty round all go.
+# Each of these shows by itself that one kind of evidence counts, whatever the others do; in an
+# empty round all go.
 ALONE: tuple[list[list[tuple[Any, ...]]], ...] = (
     [[("a client opens a base", MARKED, S1, 0.0)]],
     [[("a disk comes", MARKED, S1, 0.0)]],
@@ -679,7 +827,11 @@ ALONE: tuple[list[list[tuple[Any, ...]]], ...] = (
     [[], [("an image comes", MARKED, S1, 1.0), ("a disk comes", MARKED, S1, 0.0)]],
     [[], [("an image comes", MARKED, S1, 1.0), ("a client opens a base", MARKED, S1, 0.0)]],
     [[], [("the clock is set back", MARKED, S1, 3.0)], [], []],
-    [[], [("the clock is set back", MARKED, S1, 2.0), ("Nova touches a base", MARKED, S1, 0.0)], []],
+    [
+        [],
+        [("the clock is set back", MARKED, S1, 2.0), ("Nova touches a base", MARKED, S1, 0.0)],
+        [],
+    ],
 )
 
 
@@ -694,12 +846,15 @@ def with_each_alone(test: Callable[..., None]) -> Callable[..., None]:
 @settings(max_examples=40)
 @given(rounds=st.lists(st.lists(events, max_size=3), min_size=1, max_size=12))
 def test_whatever_happens_a_base_that_is_needed_is_there(
-    tmp_path_factory: pytest.TempPathFactory, headers: Callable[[str], bytes], rounds: list[list[tuple[Any, ...]]]
+    tmp_path_factory: pytest.TempPathFactory,
+    headers: Callable[[str], bytes],
+    rounds: list[list[tuple[Any, ...]]],
 ) -> None:
     """In any order of events, by any clock, with a clean-up after each few of them.
 
-    What anything named, backed or held open is never removed, and after one pass it has its name. What was removed
-    had been retired for a day, and nothing could need it. While a server may use any base, none is taken.
+    What anything named, backed or held open is never removed, and after one pass it has its name.
+    What was removed had been retired for a day, and nothing could need it. While a server may use
+    any base, none is taken.
     """
     with Compute() as nova:
         world = World(tmp_path_factory.mktemp("world"), nova, headers)
@@ -734,8 +889,13 @@ def test_whatever_happens_a_base_that_is_needed_is_there(
 # The seven cases: each server, and its disks, as they were seen on a real Nova.
 
 
-def test_case_1_a_server_that_names_a_deleted_snapshot(node: Node, nova: Compute, tmp_path: Path) -> None:
-    """Its disk is on the original (LP#1934094). Nova is asked how old it is, and then the server's disk decides."""
+def test_case_1_a_server_that_names_a_deleted_snapshot(
+    node: Node, nova: Compute, tmp_path: Path
+) -> None:
+    """Its disk is on the original (LP#1934094).
+
+    Nova is asked how old it is, and then the server's disk decides.
+    """
     original, idle = orphan(node), orphan(node)
     nova.servers = [a_server(S1, str(uuid.uuid4()))]
     stranger = f"server {S1} names image {nova.servers[0]['image']['id']}, which neither Glance nor the cache has, and"
@@ -749,81 +909,130 @@ def test_case_1_a_server_that_names_a_deleted_snapshot(node: Node, nova: Compute
     unseen = f"{old} with all disks; that of server {S1} is not seen"
     assert prune(node, *with_disks) == dict.fromkeys((original, idle), ("kept", unseen))
     disk = overlay(tmp_path, S1, node.entry(original))
-    assert prune(node, *with_disks) == {original: ("kept", f"{disk} is backed by it"), idle: ("retired", "")}
+    assert prune(node, *with_disks) == {
+        original: ("kept", f"{disk} is backed by it"),
+        idle: ("retired", ""),
+    }
 
 
 def test_case_1_after_an_upgrade_of_nova_with_the_snapshot_still_in_the_cache(
     node: Node, nova: Compute, tmp_path: Path
 ) -> None:
-    """The snapshot was linked, too, so its base is there: that it is the server's own makes its name no proof."""
+    """The snapshot was linked, too, so its base is there.
+
+    That it is the server's own makes its name no proof.
+    """
     original = orphan(node)
-    snapshots = [node.cloud.image("web-shelved", DATA, instance_uuid=one) for one in (S1, S2, "../x")]
+    snapshots = [
+        node.cloud.image("web-shelved", DATA, instance_uuid=one) for one in (S1, S2, "../x")
+    ]
     assert node.run().returncode == 0
     for snapshot in snapshots:
         node.cloud.delete(snapshot)
     # The second one and the third are others' snapshots, from which servers were built.
     nova.servers = [a_server(S1, snapshots[1]), a_server(S2, snapshots[2])]
     names = {snapshots[0]: "retired", snapshots[1]: "kept", snapshots[2]: "kept"}
-    assert {key: value[0] for key, value in prune(node, "--dry-run").items()} == {original: "retired", **names}
+    assert {key: value[0] for key, value in prune(node, "--dry-run").items()} == {
+        original: "retired",
+        **names,
+    }
     nova.servers = [a_server(S1, snapshots[0])]
     own = f"server {S1} names its own snapshot {snapshots[0]}, which Glance no longer has, and may use any base:"
     assert prune(node)[original] == ("kept", f"{own} give --instances-dir with its disk")
     disk = overlay(tmp_path, S1, node.entry(original))
-    assert prune(node, "--instances-dir", str(tmp_path))[original] == ("kept", f"{disk} is backed by it")
+    assert prune(node, "--instances-dir", str(tmp_path))[original] == (
+        "kept",
+        f"{disk} is backed by it",
+    )
     node.entry(snapshots[0]).unlink()
     node.entry(snapshots[0]).symlink_to("x")
     assert "neither Glance nor the cache has" in prune(node)[original][1]
 
 
 @pytest.mark.parametrize("host", ["compute-1", None])
-def test_case_2_a_server_in_error_on_another_base(node: Node, nova: Compute, host: str | None) -> None:
-    """A rebuild that died on its way names the new image. One that never had a host has no disk, either."""
+def test_case_2_a_server_in_error_on_another_base(
+    node: Node, nova: Compute, host: str | None
+) -> None:
+    """A rebuild that died on its way names the new image.
+
+    One that never had a host has no disk, either.
+    """
     gone = orphan(node)
-    nova.servers = [a_server("s", node.cloud.image("new", DATA), "ERROR", **{"OS-EXT-SRV-ATTR:host": host})]
+    nova.servers = [
+        a_server("s", node.cloud.image("new", DATA), "ERROR", **{"OS-EXT-SRV-ATTR:host": host})
+    ]
     kept = ("kept", "server s is in ERROR and may use any base: bring it to rest")
     assert prune(node)[gone] == (kept if host else ("retired", ""))
 
 
-def test_case_3_a_rescued_server_whose_state_was_reset(node: Node, nova: Compute, tmp_path: Path) -> None:
-    """Its rescue disk keeps the base of the rescue image, and restores it. Without that it is retired, and read on."""
+def test_case_3_a_rescued_server_whose_state_was_reset(
+    node: Node, nova: Compute, tmp_path: Path
+) -> None:
+    """Its rescue disk keeps the base of the rescue image, and restores it.
+
+    Without that it is retired, and read on.
+    """
     rescue = orphan(node)
     nova.servers = [a_server(S1, node.cloud.image("own", DATA))]
     disk = overlay(tmp_path, S1, node.entry(rescue), "disk.rescue")
     with node.entry(rescue).open("rb") as user:
         assert prune(node)[rescue] == ("retired", "")
         assert user.read() == DATA
-    assert prune(node, "--instances-dir", str(tmp_path)) == {rescue: ("restored", f"{disk} is backed by it")}
-    assert prune(node, "--instances-dir", str(tmp_path)) == {rescue: ("kept", f"{disk} is backed by it")}
+    assert prune(node, "--instances-dir", str(tmp_path)) == {
+        rescue: ("restored", f"{disk} is backed by it")
+    }
+    assert prune(node, "--instances-dir", str(tmp_path)) == {
+        rescue: ("kept", f"{disk} is backed by it")
+    }
 
 
 @pytest.mark.usefixtures("nova")
 def test_case_4_instance_disks_whose_file_system_is_not_mounted(node: Node, tmp_path: Path) -> None:
     """An empty directory protects nothing, so everything is kept."""
     gone, aside = orphan(node), retired(node)
-    empty = ("kept", f"--instances-dir {tmp_path} has no directory of a server: mount its file system")
+    empty = (
+        "kept",
+        f"--instances-dir {tmp_path} has no directory of a server: mount its file system",
+    )
     assert prune(node, "--instances-dir", str(tmp_path)) == {gone: empty, aside: empty}
 
 
 def test_case_5_a_server_in_another_region(node: Node) -> None:
-    """Every region in the catalog is asked; where one cannot be, nothing is done, and links are made all the same."""
+    """Every region in the catalog is asked.
+
+    Where one cannot be, nothing is done, and links are made all the same.
+    """
     used, idle = orphan(node), orphan(node)
     one, two = Compute(), Compute(a_server("far", used))
-    with one, two, in_catalog(node.cloud.identity(), (REGION, "public", one.url), ("RegionTwo", "public", two.url)):
+    with (
+        one,
+        two,
+        in_catalog(
+            node.cloud.identity(), (REGION, "public", one.url), ("RegionTwo", "public", two.url)
+        ),
+    ):
         two.faults = {"detail": Fault(503)}
         new = node.cloud.image("new", DATA)
         unasked = ("kept", "it could not be asked whether anything needs it")
         assert prune(node, status=75) == {used: unasked, idle: unasked, new: ("linked", "")}
         two.faults = {}
-        assert prune(node) == {used: ("kept", "server far was built from it"), idle: ("retired", "")}
+        assert prune(node) == {
+            used: ("kept", "server far was built from it"),
+            idle: ("retired", ""),
+        }
 
 
 @pytest.mark.usefixtures("nova")
-def test_case_6_a_base_that_only_backs_a_disk_and_is_not_touched(node: Node, tmp_path: Path) -> None:
+def test_case_6_a_base_that_only_backs_a_disk_and_is_not_touched(
+    node: Node, tmp_path: Path
+) -> None:
     """No server names it, and nothing renews its ctime: its disk keeps it, and brings it back."""
     gone = orphan(node)
     assert prune(node)[gone] == ("retired", "")
     disk = overlay(tmp_path, S1, node.entry(gone))
-    assert prune(node, "--instances-dir", str(tmp_path)) == {gone: ("restored", f"{disk} is backed by it")}
+    assert prune(node, "--instances-dir", str(tmp_path)) == {
+        gone: ("restored", f"{disk} is backed by it")
+    }
 
 
 @pytest.mark.usefixtures("nova")
@@ -852,7 +1061,9 @@ def test_the_wrong_cloud_is_told_and_nothing_touched(node: Node) -> None:
 
 
 @needs_root
-def test_a_base_that_cannot_be_looked_at_is_a_doubt(node: Node, nova: Compute, tmp_path: Path) -> None:
+def test_a_base_that_cannot_be_looked_at_is_a_doubt(
+    node: Node, nova: Compute, tmp_path: Path
+) -> None:
     """On a damaged ext4 the base that a server names is told of by itself, and the rest of the clean-up is made."""
     image, lost = node.cloud.image("image", DATA), str(uuid.uuid4())
     with formatted(tmp_path, "mkfs.ext4", "-q") as at:
@@ -867,10 +1078,15 @@ def test_a_base_that_cannot_be_looked_at_is_a_doubt(node: Node, nova: Compute, t
         directories = {"LN_IMAGES_IMAGES_DIR": f"{at}/images", "LN_IMAGES_CACHE_DIR": f"{at}/cache"}
         found = prune(node, status=1, **directories)
     assert found[cache_name(lost)] == ("failed", "Structure needs cleaning")
-    assert (found[ID][0], found[ID][1].startswith(f"server {S1} names image {lost}")) == ("kept", True)
+    assert (found[ID][0], found[ID][1].startswith(f"server {S1} names image {lost}")) == (
+        "kept",
+        True,
+    )
 
 
-def test_what_glance_has_is_restored_also_while_nova_cannot_be_asked(node: Node, nova: Compute) -> None:
+def test_what_glance_has_is_restored_also_while_nova_cannot_be_asked(
+    node: Node, nova: Compute
+) -> None:
     """A fault keeps what might go, and holds nothing back that is needed."""
     gone, back, here = retired(node), node.cloud.image("back", DATA), node.cloud.image("here", DATA)
     base_in(node.cache, back, DATA).rename(set_aside(node, back))
@@ -878,18 +1094,27 @@ def test_what_glance_has_is_restored_also_while_nova_cannot_be_asked(node: Node,
     nova.faults = {"detail": Fault(503)}
     found = prune(node, status=75)
     assert found[gone] == ("kept", "it could not be asked whether anything needs it")
-    assert node.names() == {set_aside(node, gone).name, node.entry(back).name, node.entry(here).name}
+    assert node.names() == {
+        set_aside(node, gone).name,
+        node.entry(back).name,
+        node.entry(here).name,
+    }
 
 
 @pytest.mark.parametrize("status", ["deactivated", "pending_delete", "killed", "queued"])
 @pytest.mark.usefixtures("nova")
 def test_an_image_that_glance_knows_is_kept(node: Node, status: str) -> None:
-    """A file that is gone is not an image that is gone: whatever the status, Glance's word keeps the base."""
+    """A file that is gone is not an image that is gone.
+
+    Whatever the status, Glance's word keeps the base.
+    """
     image = node.cloud.image("image", DATA)
     node.cloud.set_status(image, status)
     (node.images / image).rename(node.entry(image))
     os.setxattr(node.entry(image), MARK, image.encode())
-    images = json.loads(node.run("--prune", "--prune-after", "0s", "--format", "json").stdout)["images"]
+    images = json.loads(node.run("--prune", "--prune-after", "0s", "--format", "json").stdout)[
+        "images"
+    ]
     assert [one["id"] for one in images if one["outcome"] == "kept"] == [image]
     assert node.entry(image).exists()
 
@@ -907,10 +1132,15 @@ def test_a_404_of_a_gateway_alone_is_not_believed(node: Node, nova: Compute, fro
 
 
 def test_a_plain_member_prunes_nothing(node: Node, nova: Compute) -> None:
-    """To a member Glance answers 404 for other projects' images, too: only an administrator's token may prune."""
+    """To a member Glance answers 404 for other projects' images, too.
+
+    Only an administrator's token may prune.
+    """
     gone = orphan(node)
     node.cloud.add_user("pruner", "pruners", "member")
-    run = node.run("--prune", "--prune-after", "0s", "-q", **node.cloud.environment("pruner", "pruners"))
+    run = node.run(
+        "--prune", "--prune-after", "0s", "-q", **node.cloud.environment("pruner", "pruners")
+    )
     assert (run.returncode, "needs a credential with the role admin" in run.stderr) == (2, True)
     assert node.entry(gone).exists()
     assert not nova.asked
@@ -945,7 +1175,10 @@ class Gate(list[dict[str, Any]]):
 
 
 def test_two_clean_ups_at_once_do_all_once(node: Node, nova: Compute) -> None:
-    """Both have judged the same before either acts: each base is retired, restored or removed by one of them."""
+    """Both have judged the same before either acts.
+
+    Each base is retired, restored or removed by one of them.
+    """
     node.cloud.image("image", DATA)
     assert node.run().returncode == 0
     needs, goes, ends = ([make(node) for _ in range(20)] for make in (retired, orphan, retired))
@@ -970,7 +1203,9 @@ def test_two_clean_ups_at_once_do_all_once(node: Node, nova: Compute) -> None:
     for images, outcome in ((needs, "restored"), (goes, "retired"), (ends, "pruned")):
         for image in images:
             assert sorted(one[image] for one in told) == sorted(["kept", outcome])
-    left = {node.entry(image).name for image in needs} | {set_aside(node, image).name for image in goes}
+    left = {node.entry(image).name for image in needs} | {
+        set_aside(node, image).name for image in goes
+    }
     assert node.names() - left == {node.entry(path.name).name for path in node.images.iterdir()}
 
 
@@ -981,7 +1216,9 @@ def test_the_credential_of_the_guide_suffices(node: Node, nova: Compute) -> None
     user = node.cloud.add_user("least", "least", "admin")
     rules = json.loads(block("access rules"))
     variables: dict[str, str | None] = dict(NO_OPENRC)
-    variables |= node.cloud.application_credential(user, roles=[{"name": "admin"}], access_rules=rules)
+    variables |= node.cloud.application_credential(
+        user, roles=[{"name": "admin"}], access_rules=rules
+    )
     assert node.run("--prune", "--prune-after", "0s", **variables).returncode == 0
     assert set_aside(node, gone).exists()
     allowed = {rule["path"] for rule in rules if rule["service"] == "compute"}

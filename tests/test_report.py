@@ -44,20 +44,31 @@ def made_of(*outcomes: Outcome, name: str = "debian", **changes: object) -> Pass
         (made_of(Outcome.WAITING, Outcome.LINKED, Outcome.LINKED), "2 linked, 1 waiting, 0.9 s"),
         (made_of(Outcome.LINKED, dry_run=True), "dry run: 1 linked, 0.9 s"),
         (made_of(settled=(ID, ORPHAN)), "2 present, 0.9 s"),
-        (made_of(held={"orphans": (1, 2048)}), "no images, 2.0 KiB held by 1 of deleted images, 0.9 s"),
         (
-            made_of(Outcome.PRUNED, held={"orphans": (0, 0), "unmarked": (2, 1024), "retired": (1, 1)}),
+            made_of(held={"orphans": (1, 2048)}),
+            "no images, 2.0 KiB held by 1 of deleted images, 0.9 s",
+        ),
+        (
+            made_of(
+                Outcome.PRUNED, held={"orphans": (0, 0), "unmarked": (2, 1024), "retired": (1, 1)}
+            ),
             "1 pruned, 3.0 GiB freed, 1.0 KiB held by 2 not linked here, 1 B held by 1 retired, 0.9 s",
         ),
         (
             made_of(settled=(ID,), audit=Audit(3, 1, 4 * 1024**3, 2.0)),
             "1 present, 3 verified, 4.0 GiB at 2.0 GiB/s, 1 without a checksum, 0.9 s",
         ),
-        (made_of(audit=Audit(0, 0, 0, 0.0)), "no images, 0 verified, 0 B at -/s, 0 without a checksum, 0.9 s"),
+        (
+            made_of(audit=Audit(0, 0, 0, 0.0)),
+            "no images, 0 verified, 0 B at -/s, 0 without a checksum, 0.9 s",
+        ),
     ],
 )
 def test_the_summary_counts_and_says_what_is_held(made: Pass, line: str) -> None:
-    """One line: outcomes in their order, bytes freed, bytes still held by kind, what was verified, and the time."""
+    """One line.
+
+    Outcomes in their order, bytes freed, bytes still held by kind, what was verified, and the time.
+    """
     assert report.summary(made) == line
 
 
@@ -76,7 +87,10 @@ def test_the_summary_counts_and_says_what_is_held(made: Pass, line: str) -> None
 def test_the_exit_status_is_that_of_the_worst(
     outcomes: list[Outcome], fault: LnImagesError | None, status: int
 ) -> None:
-    """Failed and damaged images are a fault, no others are; a fault of the pass beats a failed image."""
+    """Failed and damaged images are a fault, no others are.
+
+    A fault of the pass beats a failed image.
+    """
     assert report.exit_status(made_of(*outcomes, fault=fault)) == status
 
 
@@ -99,7 +113,10 @@ def test_sizes_are_in_powers_of_1024(size: int | None, text: str) -> None:
 
 def test_columns_line_up_for_wide_names() -> None:
     """A Chinese name takes two columns for each character, and what follows still lines up."""
-    made = (made_of(Outcome.LINKED, name=name).results[0] for name in ("\u4e2d\u6587\u955c\u50cf", "debian"))
+    made = (
+        made_of(Outcome.LINKED, name=name).results[0]
+        for name in ("\u4e2d\u6587\u955c\u50cf", "debian")
+    )
     lines = report.table(list(made)).splitlines()
     assert lines[1].index(ID[:8]) + 4 == lines[2].index(ID[:8]) == lines[0].index("ID")
 
@@ -128,14 +145,22 @@ def test_escaping_keeps_what_can_be_printed(text: str) -> None:
 def row(name: str, reason: str, width: int, whole_ids: bool = False) -> str:
     """The one row, under its heading, of an image in a terminal."""
     result = made_of(Outcome.REFUSED, name=name).results[0]
-    return report.table([result._replace(verdict=Verdict(Outcome.REFUSED, reason))], width, whole_ids).splitlines()[1]
+    return report.table(
+        [result._replace(verdict=Verdict(Outcome.REFUSED, reason))], width, whole_ids
+    ).splitlines()[1]
 
 
-NAME, REASON = "ubuntu-24.04-minimal-cloudimg", "the content is vmdk, Glance says raw: upload it again as that"
+NAME, REASON = (
+    "ubuntu-24.04-minimal-cloudimg",
+    "the content is vmdk, Glance says raw: upload it again as that",
+)
 
 
 def test_a_table_is_fitted_to_the_terminal() -> None:
-    """Ids are cut first, to what tells them apart, then reasons and names, and outcomes never; no line is too wide."""
+    """Ids are cut first, to what tells them apart, then reasons and names, and outcomes never.
+
+    No line is too wide.
+    """
     assert row(NAME, REASON, 200) == f"{NAME}  {ID}  active  3.0 GiB  refused  {REASON}"
     assert row(NAME, REASON, 140) == f"{NAME}  {ID[:8]}  active  3.0 GiB  refused  {REASON}"
     assert row("debian", "", 80) == f"debian  {ID}  active  3.0 GiB  refused"

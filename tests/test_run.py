@@ -20,7 +20,10 @@ DATA = b"\1" * 5000
 
 
 def requests(node: Node) -> Counter[str]:
-    """The requests that the command sent so far; Glance's own, which checks tokens, do not count."""
+    """The requests that the command sent so far.
+
+    Glance's own, which checks tokens, do not count.
+    """
 
     def logged() -> list[str]:
         logs = (node.cloud.directory / f"{name}-access.log" for name in ("keystone", "glance"))
@@ -113,9 +116,12 @@ def test_one_process_makes_passes_with_one_token(node: Node) -> None:
 
 
 def test_what_stands_is_asked_and_logged_once(node: Node, tmp_path: Path) -> None:
-    """In one process, what is refused is asked about once while its file stays; what stands is in the log once.
+    """In one process, what is refused is asked about once while its file stays.
 
-    That Nova's raw copy has a qcow2 image's name is a warning, for the log file alone, and a metric.
+    What stands is in the log once.
+
+    That Nova's raw copy has a qcow2 image's name is a warning, for the log file alone, and a
+    metric.
     """
     log, metrics = tmp_path / "log", tmp_path / "metrics"
     refused = node.cloud.image("refused", b"QFI\xfb\0\0\0\3" + bytes(5000))
@@ -127,7 +133,10 @@ def test_what_stands_is_asked_and_logged_once(node: Node, tmp_path: Path) -> Non
     files = ("--log-file", str(log), "--metrics-file", str(metrics))
     reports = several(node, *files)
     for report in reports:
-        assert {image["id"]: image["outcome"] for image in report["images"]} == {refused: "refused", raw: "occupied"}
+        assert {image["id"]: image["outcome"] for image in report["images"]} == {
+            refused: "refused",
+            raw: "occupied",
+        }
         assert len(report["images"]) == 2
     asked = list((requests(node) - before).elements())
     assert sum(refused in line for line in asked) == 1
@@ -145,12 +154,17 @@ def test_each_image_is_told_of_once_where_all_are_asked(node: Node) -> None:
     """--full asks about every image in each pass, and what is remembered of one is not told beside it."""
     image = node.cloud.image("refused", b"QFI\xfb\0\0\0\3" + bytes(5000))
     reports = several(node, "--full")
-    assert [[one["id"] for one in report["images"]] for report in reports] == [[image]] * len(reports)
+    assert [[one["id"] for one in report["images"]] for report in reports] == [[image]] * len(
+        reports
+    )
 
 
 @needs_root
 def test_an_image_that_nova_downloads_is_not_linked(node: Node, tmp_path: Path) -> None:
-    """What has changed within ten minutes beside the cache name is a download; what is older is told of under -v."""
+    """What has changed within ten minutes beside the cache name is a download.
+
+    What is older is told of under -v.
+    """
     images = {name: node.cloud.image(name, DATA) for name in ("fetched", "converted", "left")}
     disk_file, mounted = tmp_path / "ext4", tmp_path / "mounted"
     mounted.mkdir()
@@ -171,13 +185,22 @@ def test_an_image_that_nova_downloads_is_not_linked(node: Node, tmp_path: Path) 
         subprocess.run(["umount", mounted], check=True)
         # No system call sets a ctime.
         left = f"set_inode_field /cache/{here.entry(images['left']).name}.part ctime 20260101000000"
-        subprocess.run(["debugfs", "-w", "-R", left, disk_file], check=True, env=path, capture_output=True)
+        subprocess.run(
+            ["debugfs", "-w", "-R", left, disk_file], check=True, env=path, capture_output=True
+        )
         mount()
         run = here.run("-v", "--format", "json", LN_IMAGES_IMAGES_DIR=str(mounted / "images"))
     finally:
         subprocess.run(["umount", "--lazy", mounted], check=True)
     assert run.returncode == 0, run.stderr
-    found = {image["id"]: (image["outcome"], image["reason"]) for image in json.loads(run.stdout)["images"]}
+    found = {
+        image["id"]: (image["outcome"], image["reason"])
+        for image in json.loads(run.stdout)["images"]
+    }
     downloaded = ("waiting", "Nova is downloading it")
-    assert found == {images["fetched"]: downloaded, images["converted"]: downloaded, images["left"]: ("linked", "")}
+    assert found == {
+        images["fetched"]: downloaded,
+        images["converted"]: downloaded,
+        images["left"]: ("linked", ""),
+    }
     assert f"leftovers of downloads: 1, {len(DATA)} bytes" in run.stderr

@@ -55,7 +55,12 @@ def on_terminal(node: Node, *arguments: str, **variables: str | None) -> tuple[s
     environment = node.environment(TERM="xterm", LC_ALL="C.UTF-8", **variables)
     try:
         subprocess.run(
-            [COMMAND, *arguments], env=environment, stdout=output.there, stderr=errors.there, timeout=120, check=True
+            [COMMAND, *arguments],
+            env=environment,
+            stdout=output.there,
+            stderr=errors.there,
+            timeout=120,
+            check=True,
         )
     finally:
         texts = output.text(), errors.text()
@@ -71,7 +76,11 @@ def test_the_table_fits_the_terminal(node: Node) -> None:
     lines = COLOUR.sub("", output).splitlines()
     assert (len(lines), errors) == (5, "")
     assert max(map(columns, lines)) <= COLUMNS
-    starts = {columns(line[: found.start()]) for line in lines if (found := re.search(r"[0-9a-f]{8}|ID", line))}
+    starts = {
+        columns(line[: found.start()])
+        for line in lines
+        if (found := re.search(r"[0-9a-f]{8}|ID", line))
+    }
     assert len(starts) == 1
     assert re.fullmatch(r"2 linked, 1 waiting, \d+\.\d s", lines[-1])
 
@@ -80,7 +89,10 @@ def test_the_table_fits_the_terminal(node: Node) -> None:
 def test_outcomes_have_colours_unless_somebody_minds(
     node: Node, variables: dict[str, str | None], coloured: bool
 ) -> None:
-    """On a terminal what was linked is green; with NO_COLOR, as through a pipe, nothing is coloured."""
+    """On a terminal what was linked is green.
+
+    With NO_COLOR, as through a pipe, nothing is coloured.
+    """
     node.cloud.image("image", DATA)
     output, _ = on_terminal(node, "--dry-run", **variables)
     assert bool(re.search(r"\x1b\[32m(\x1b\[22m)?linked", output)) is coloured
@@ -90,7 +102,10 @@ def test_outcomes_have_colours_unless_somebody_minds(
 
 @pytest.mark.parametrize(("count", "shown"), [(250, True), (50, False)])
 def test_a_long_first_run_shows_how_far_it_is(node: Node, count: int, shown: bool) -> None:
-    """Over some hundred images there is a bar on standard error, which reaches the end; the report is whole."""
+    """Over some hundred images there is a bar on standard error, which reaches the end.
+
+    The report is whole.
+    """
     node.cloud.add_many(count)
     output, errors = on_terminal(node)
     assert f"{count} linked" in output
@@ -104,4 +119,6 @@ def test_an_audit_shows_how_far_it_is(node: Node) -> None:
     output, errors = on_terminal(node, "--verify")
     assert "Verifying" in errors
     assert "100%" in errors
-    assert re.search(r"1 linked, 1 verified, 4\.9 KiB at .+/s, 0 without a checksum, \d+\.\d s", output)
+    assert re.search(
+        r"1 linked, 1 verified, 4\.9 KiB at .+/s, 0 without a checksum, \d+\.\d s", output
+    )

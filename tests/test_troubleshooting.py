@@ -1,4 +1,7 @@
-"""Each row of the reference's table of troubles: the command says it in that trouble, and the mend ends it."""
+"""Each row of the reference's table of troubles.
+
+The command says it in that trouble, and the mend ends it.
+"""
 
 import contextlib
 import fcntl
@@ -25,7 +28,8 @@ from test_prune import base_in, overlay
 DATA = b"\1" * 5000
 TABLE = REFERENCE.partition("## When it does not work")[2].partition("\n## ")[0]
 ROWS = re.findall(r"^\| (`.+?`) \| .+ \|$", TABLE, re.MULTILINE)
-# Gives what a run says, and mends what was wrong when it is asked for more: then a plain run must be right.
+# Gives what a run says, and mends what was wrong when it is asked for more: then a plain run must
+# be right.
 Trouble = Callable[[Node, Path], Generator[str, None, None]]
 GONE, NOBODYS, SERVER = (f"{number}0000000-0000-4000-8000-000000000000" for number in (1, 2, 3))
 
@@ -37,7 +41,10 @@ def said(node: Node, *arguments: str, **variables: str | None) -> str:
 
 
 def given(*arguments: str, **variables: str | None) -> Trouble:
-    """Something that was given wrongly. The mend is the plain run, which gives it as it should be."""
+    """Something that was given wrongly.
+
+    The mend is the plain run, which gives it as it should be.
+    """
 
     def trouble(node: Node, _: Path) -> Generator[str, None, None]:
         yield said(node, *arguments, **variables)
@@ -51,7 +58,11 @@ def without_module(module: str, *arguments: str) -> Trouble:
 
     def trouble(node: Node, _: Path) -> Generator[str, None, None]:
         run = subprocess.run(
-            [sys.executable, "-c", code], env=node.environment(), capture_output=True, text=True, check=False
+            [sys.executable, "-c", code],
+            env=node.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         yield run.stderr
 
@@ -64,7 +75,10 @@ def http_for_https(node: Node, _: Path) -> Generator[str, None, None]:
 
 
 def unknown_authority(node: Node, tmp_path: Path) -> Generator[str, None, None]:
-    """Nobody here has the certificate of the authority that signed Keystone's; OS_CACERT names it."""
+    """Nobody here has the certificate of the authority that signed Keystone's.
+
+    OS_CACERT names it.
+    """
     authority = Authority(tmp_path)
     with Faulty(node.cloud.keystone, tls=authority.server(False)) as keystone:
         openrc: Variables = {"OS_AUTH_URL": f"{keystone.url}/v3"}
@@ -76,7 +90,9 @@ def with_answer(answer: Answer, *arguments: str) -> Trouble:
     """Keystone answers otherwise than it should; the mend is that it does no more."""
 
     def trouble(node: Node, _: Path) -> Generator[str, None, None]:
-        with Faulty(node.cloud.keystone, lambda path: answer if path.endswith("/tokens") else path) as keystone:
+        with Faulty(
+            node.cloud.keystone, lambda path: answer if path.endswith("/tokens") else path
+        ) as keystone:
             yield said(node, *arguments, OS_AUTH_URL=f"{keystone.url}/v3")
             keystone.rule = str
             assert node.run("--dry-run", OS_AUTH_URL=f"{keystone.url}/v3").returncode == 0
@@ -126,7 +142,15 @@ def without_privileges(*arguments: str) -> Trouble:
             node.cache.parent.chmod(0o755)
             node.images.chmod(0o700)
         run = subprocess.run(
-            ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", "--bounding-set=-all", COMMAND, *arguments],
+            [
+                "setpriv",
+                "--reuid=12345",
+                "--regid=12345",
+                "--clear-groups",
+                "--bounding-set=-all",
+                COMMAND,
+                *arguments,
+            ],
             env=node.environment(),
             capture_output=True,
             text=True,
@@ -162,7 +186,12 @@ def damaged(node: Node, tmp_path: Path) -> Generator[str, None, None]:
         yield said(node, **below(at))
         subprocess.run(["umount", at], check=True)
         # Its status says that something was mended.
-        assert subprocess.run(["fsck.ext4", "-fy", device], check=False, capture_output=True).returncode == 1
+        assert (
+            subprocess.run(
+                ["fsck.ext4", "-fy", device], check=False, capture_output=True
+            ).returncode
+            == 1
+        )
         subprocess.run(["mount", "-o", "loop", device, at], check=True)
         assert node.run(**below(at)).returncode == 0
 
@@ -171,9 +200,16 @@ def other_than_glance(node: Node, tmp_path: Path) -> Generator[str, None, None]:
     """What stands at Glance's endpoint answers with something else, until the endpoint is corrected."""
     identity = node.cloud.identity()
     service = identity.get("/services", params={"type": "image"}).json()["services"][0]["id"]
-    with Faulty(node.cloud.glance, lambda path: Answer(body=b"[]") if "images" in path else path) as gateway:
+    with Faulty(
+        node.cloud.glance, lambda path: Answer(body=b"[]") if "images" in path else path
+    ) as gateway:
         region = tmp_path.name.replace("_", "-")
-        document = {"service_id": service, "url": gateway.url, "region": region, "interface": "public"}
+        document = {
+            "service_id": service,
+            "url": gateway.url,
+            "region": region,
+            "interface": "public",
+        }
         made = identity.post("/endpoints", json={"endpoint": document}).json()["endpoint"]["id"]
         yield said(node, OS_REGION_NAME=region)
         identity.patch(f"/endpoints/{made}", json={"endpoint": {"url": node.cloud.glance}})
@@ -195,7 +231,12 @@ def nowhere_to_report(node: Node, _: Path) -> Generator[str, None, None]:
     """The disk behind standard output is full."""
     with open("/dev/full", "w") as full:
         run = subprocess.run(
-            [COMMAND], env=node.environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=True
+            [COMMAND],
+            env=node.environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=True,
         )
     yield run.stderr
 
@@ -207,7 +248,10 @@ def pruned(node: Node, *arguments: str, **variables: str | None) -> str:
 
 @contextlib.contextmanager
 def with_nova(node: Node, *arguments: str) -> Iterator[Compute]:
-    """A Nova in the catalog, and a base of which the image is gone: in the end, with all mended, that has gone, too."""
+    """A Nova in the catalog, and a base of which the image is gone.
+
+    In the end, with all mended, that has gone, too.
+    """
     base = base_in(node.cache, GONE)
     with Compute() as nova, in_catalog(node.cloud.identity(), (REGION, "public", nova.url)):
         yield nova
@@ -256,7 +300,9 @@ def while_nova_is(change: Callable[[Compute], None], mend: Callable[[Compute], N
 
 def with_servers(*servers: dict[str, Any]) -> Trouble:
     """A server stands against it, until it is brought to rest."""
-    return while_nova_is(lambda nova: nova.servers.extend(servers), lambda nova: nova.servers.clear())
+    return while_nova_is(
+        lambda nova: nova.servers.extend(servers), lambda nova: nova.servers.clear()
+    )
 
 
 def with_its_disk(prepare: Callable[[Node, Compute], str]) -> Trouble:
@@ -306,7 +352,10 @@ def without_nova(node: Node, _: Path) -> Generator[str, None, None]:
 
 
 def of_another_cloud(node: Node, _: Path) -> Generator[str, None, None]:
-    """The store is another's, as far as this cloud's Glance tells; the plain run has the right one."""
+    """The store is another's, as far as this cloud's Glance tells.
+
+    The plain run has the right one.
+    """
     other = node.cache.with_suffix(".other")
     other.mkdir()
     (other / GONE).write_bytes(DATA)
@@ -448,7 +497,10 @@ def read_only(node: Node, tmp_path: Path) -> Generator[str, None, None]:
 
 def below(directory: Path) -> Variables:
     """The settings for a store and a cache below a directory."""
-    return {"LN_IMAGES_IMAGES_DIR": str(directory / "images"), "LN_IMAGES_CACHE_DIR": str(directory / "cache")}
+    return {
+        "LN_IMAGES_IMAGES_DIR": str(directory / "images"),
+        "LN_IMAGES_CACHE_DIR": str(directory / "cache"),
+    }
 
 
 def only(node: Node) -> str:
@@ -465,14 +517,20 @@ TROUBLES: dict[str, Trouble] = {
     "`--os-cloud needs openstacksdk`": without_module("openstack", "--os-cloud", "x"),
     "`OS_CACERT=X cannot be read`": given(OS_CACERT="/no/such/file"),
     "`Keystone refuses the credentials: HTTP 401`": given(OS_PASSWORD="wrong"),
-    "`Keystone cannot be asked: ConnectFailure: Connection refused`": given(OS_AUTH_URL="http://127.0.0.1:1/v3"),
+    "`Keystone cannot be asked: ConnectFailure: Connection refused`": given(
+        OS_AUTH_URL="http://127.0.0.1:1/v3"
+    ),
     "`Keystone cannot be asked: HTTP 503`": with_answer(Answer(503)),
-    "`Keystone has not answered whole within X s`": with_answer(Answer(body=b" ", again=0.01), "--timeout", "1"),
+    "`Keystone has not answered whole within X s`": with_answer(
+        Answer(body=b" ", again=0.01), "--timeout", "1"
+    ),
     "`Keystone speaks http, not https`": http_for_https,
     "`set OS_CACERT to the CA that signed it`": unknown_authority,
     "`public endpoint for image service in X region not found`": given(OS_REGION_NAME="X"),
     "`Glance refuses the credentials: HTTP 401`": of_a_limited_credential,
-    "`check OS_PROJECT_NAME (a token without a project has no catalog)`": given(OS_PROJECT_NAME=None),
+    "`check OS_PROJECT_NAME (a token without a project has no catalog)`": given(
+        OS_PROJECT_NAME=None
+    ),
     "`Glance answers with something that is no list of images`": other_than_glance,
     "`the credential has no admin role`": of_a_member,
     "`there is no user 'X' here`": given("--owner", "nobody-of-that-name"),
@@ -482,11 +540,17 @@ TROUBLES: dict[str, Trouble] = {
     "`--images-dir X: Permission denied`": without_privileges(),
     "`none of them has a file in X: is its volume mounted`": volume_not_mounted,
     "`are on two file systems or two mounts of one`": given("--cache-dir", "/dev/shm"),
-    "`--images-dir and --cache-dir are one directory`": given("--images-dir", "/dev/shm", "--cache-dir", "/dev/shm"),
+    "`--images-dir and --cache-dir are one directory`": given(
+        "--images-dir", "/dev/shm", "--cache-dir", "/dev/shm"
+    ),
     "`X is under a project quota`": under_a_project,
     "`another run holds the lock`": beside_another_run,
-    "`--metrics-file needs prometheus-client`": without_module("prometheus_client", "--metrics-file=/tmp/x.prom"),
-    "`--metrics-file X: No such file or directory`": given("--metrics-file", "/no/such/directory/x.prom"),
+    "`--metrics-file needs prometheus-client`": without_module(
+        "prometheus_client", "--metrics-file=/tmp/x.prom"
+    ),
+    "`--metrics-file X: No such file or directory`": given(
+        "--metrics-file", "/no/such/directory/x.prom"
+    ),
     "`--log-file X: No such file or directory`": given("--log-file", "/no/such/directory/log"),
     "`failed`: `No space left on device`": full,
     "`failed`: `Read-only file system`": read_only,
@@ -509,8 +573,12 @@ TROUBLES: dict[str, Trouble] = {
     "`Glance knows none of the images whose files are here`": of_another_cloud,
     "`kept`: `it could not be asked whether anything needs it`": while_nova_is(busy, well),
     "`kept`: `server X is in X and may use any base`": with_servers(a_server("s", status="ERROR")),
-    "`kept`: `server X names image X, which neither Glance nor the cache has`": with_its_disk(lambda *_: NOBODYS),
-    "`kept`: `server X names its own snapshot X, which Glance no longer has`": with_its_disk(own_snapshot),
+    "`kept`: `server X names image X, which neither Glance nor the cache has`": with_its_disk(
+        lambda *_: NOBODYS
+    ),
+    "`kept`: `server X names its own snapshot X, which Glance no longer has`": with_its_disk(
+        own_snapshot
+    ),
     "`kept`: `Nova is older than 26.0.0`": with_its_disk(of_an_old_nova),
     "`kept`: `--instances-dir X has no directory of a server`": instances_not_mounted,
     "`kept`: `what X is backed by cannot be told`": disk_not_read,
@@ -520,8 +588,13 @@ TROUBLES: dict[str, Trouble] = {
 
 
 def pattern(row: str) -> str:
-    """What a row says, as a regular expression: X is a word, and a colon between two parts any space, or more words."""
-    return r"\s+(?:[^\n]*; )?".join(re.escape(part).replace("X", r"[^\s,']+") for part in re.findall("`([^`]+)`", row))
+    """What a row says, as a regular expression.
+
+    X is a word, and a colon between two parts any space, or more words.
+    """
+    return r"\s+(?:[^\n]*; )?".join(
+        re.escape(part).replace("X", r"[^\s,']+") for part in re.findall("`([^`]+)`", row)
+    )
 
 
 def test_every_row_has_its_trouble() -> None:
@@ -532,7 +605,10 @@ def test_every_row_has_its_trouble() -> None:
 @needs_root
 @pytest.mark.parametrize("row", TROUBLES)
 def test_the_trouble_says_so_and_the_mend_ends_it(node: Node, tmp_path: Path, row: str) -> None:
-    """In the situation the command says what the table has; after the mend, carried out, every image is linked."""
+    """In the situation the command says what the table has.
+
+    After the mend, carried out, every image is linked.
+    """
     node.cloud.image("image", DATA)
     # What it has started ends with it, also where it says something else.
     with contextlib.closing(TROUBLES[row](node, tmp_path)) as trouble:
@@ -542,4 +618,8 @@ def test_the_trouble_says_so_and_the_mend_ends_it(node: Node, tmp_path: Path, ro
     run = node.run("--format", "json")
     assert (run.returncode, run.stderr) == (0, "")
     counts = json.loads(run.stdout)["counts"]
-    assert {outcome for outcome, count in counts.items() if count} <= {"linked", "repaired", "present"}
+    assert {outcome for outcome, count in counts.items() if count} <= {
+        "linked",
+        "repaired",
+        "present",
+    }

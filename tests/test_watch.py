@@ -1,4 +1,7 @@
-"""Passes made one after another: real directories, mounts and inotify, then the command at work. Orders, no times."""
+"""Passes made one after another: real directories, mounts and inotify, then the command at work.
+
+Orders, no times.
+"""
 
 import contextlib
 import fcntl
@@ -67,7 +70,10 @@ def closed(*paths: Path, unfinished: Unfinished = ()) -> Callable[[], Unfinished
 
 
 def test_a_file_that_is_closed_or_moved_in_is_asked_about_by_itself(store: Path) -> None:
-    """Also where it happens during a pass, and together where they come together; files of other names are ignored."""
+    """Also where it happens during a pass, and together where they come together.
+
+    Files of other names are ignored.
+    """
 
     def step() -> Unfinished:
         for name in (FIRST, f"{SECOND}.part", "notes", THIRD.replace("-", "")):
@@ -76,7 +82,11 @@ def test_a_file_that_is_closed_or_moved_in_is_asked_about_by_itself(store: Path)
         return ()
 
     assert passes(store, step) == [None, {FIRST, SECOND}]
-    assert passes(store, closed(store / "notes"), closed(store / THIRD), every=0.2) == [None, None, {THIRD}]
+    assert passes(store, closed(store / "notes"), closed(store / THIRD), every=0.2) == [
+        None,
+        None,
+        {THIRD},
+    ]
 
 
 def test_an_upload_that_lasts_causes_no_question_until_it_is_closed(store: Path) -> None:
@@ -99,7 +109,10 @@ def test_an_upload_that_lasts_causes_no_question_until_it_is_closed(store: Path)
 
 
 def test_who_is_not_active_yet_is_asked_about_again(store: Path) -> None:
-    """Until it is, or there was no pass; one that comes to be finished later is asked about no more than is needed."""
+    """Until it is, or there was no pass.
+
+    One that comes to be finished later is asked about no more than is needed.
+    """
     again = closed(unfinished=[FIRST])
     steps = (closed(store / FIRST), again, again, closed(unfinished=None), closed(store / SECOND))
     assert passes(store, *steps) == [None, {FIRST}, {FIRST}, {FIRST}, {FIRST}, {SECOND}]
@@ -123,7 +136,10 @@ def test_others_that_come_in_do_not_make_it_be_asked_about_more(store: Path) -> 
 
 
 def test_many_at_once_cause_a_whole_pass(store: Path) -> None:
-    """Past fifty, one pass over everything costs less; who is unfinished then is asked about by itself."""
+    """Past fifty, one pass over everything costs less.
+
+    Who is unfinished then is asked about by itself.
+    """
     steps = (closed(*(store / name for name in IDS)), closed(unfinished=[FIRST]))
     assert passes(store, *steps) == [None, None, {FIRST}]
 
@@ -165,7 +181,12 @@ def test_a_store_that_is_removed_is_noticed(store: Path) -> None:
         store.mkdir()
         return ()
 
-    assert passes(store, remove, come_back, closed(store / FIRST), every=0.2) == [None, None, None, {FIRST}]
+    assert passes(store, remove, come_back, closed(store / FIRST), every=0.2) == [
+        None,
+        None,
+        None,
+        {FIRST},
+    ]
 
 
 @pytest.fixture
@@ -201,7 +222,9 @@ def test_a_store_that_is_mounted_over_is_watched_from_the_next_beat_on(mounted: 
     assert asked == [None, None, {FIRST}]
 
 
-def test_without_a_watch_the_clock_alone_makes_passes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_watch_the_clock_alone_makes_passes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It is told once, however often it is tried again."""
     store = tmp_path / "store"
     step = closed()
@@ -228,7 +251,10 @@ def test_a_watch_that_lasts_holds_one_descriptor(store: Path) -> None:
 
 
 def test_no_pass_begins_early_nor_ends_late(store: Path) -> None:
-    """Whole passes begin no sooner than on the beat; none does that would end too late; events are met to the end."""
+    """Whole passes begin no sooner than on the beat; none does that would end too late.
+
+    Events are met to the end.
+    """
     begun, asked = [], []
 
     def make(ids: Collection[str] | None) -> Unfinished:
@@ -273,7 +299,9 @@ ONCE = ("--every", "3600")
 
 
 def test_an_image_is_linked_between_two_beats(node: Node, tmp_path: Path) -> None:
-    """While it is uploaded nothing is asked, and then about it alone; the report, log and metrics tell of it.
+    """While it is uploaded nothing is asked, and then about it alone.
+
+    The report, log and metrics tell of it.
 
     SIGHUP changes nothing, a log file that is renamed is begun anew, and SIGTERM ends it.
     """
@@ -307,7 +335,8 @@ def test_two_thousand_files_at_once_cost_a_few_passes(node: Node) -> None:
         run.report()
         before = requests(node)
         left = len(node.cloud.add_many(2000))
-        # Read meanwhile: a report of so many does not fit into the pipe, and whoever writes it waits.
+        # Read meanwhile: a report of so many does not fit into the pipe, and whoever writes it
+        # waits.
         while left:
             left -= run.report()["counts"].get("linked", 0)
         assert sum((requests(node) - before).values()) < 100
@@ -326,12 +355,20 @@ def test_two_runs_at_once_do_the_work_once(node: Node) -> None:
             run.process.send_signal(signal.SIGTERM)
             reports += run.reports
             assert run.ended(None) == (130, [INTERRUPTED])
-    linked = [image["id"] for report in reports for image in report["images"] if image["outcome"] == "linked"]
+    linked = [
+        image["id"]
+        for report in reports
+        for image in report["images"]
+        if image["outcome"] == "linked"
+    ]
     assert sorted(linked) == sorted(images)
 
 
 def test_a_run_that_never_comes_to_a_pass_ends_with_75(node: Node) -> None:
-    """One that could make none in its whole time says so once; one that made a pass before or after does not."""
+    """One that could make none in its whole time says so once.
+
+    One that made a pass before or after does not.
+    """
     with locked(node):
         run = node.process("--every", "0.2", "--for", "0.5")
     assert (run.returncode, run.stdout, len(run.stderr.splitlines())) == (75, "", 1)
@@ -353,7 +390,12 @@ def fronts(node: Node) -> Iterator[tuple[dict[str, Iterator[Answer]], dict[str, 
         Faulty(node.cloud.keystone, lambda path: next(answers["keystone"], path)) as keystone,
     ):
         region = f"port-{glance.server_port}"
-        endpoint = {"service_id": service, "interface": "public", "region": region, "url": glance.url}
+        endpoint = {
+            "service_id": service,
+            "interface": "public",
+            "region": region,
+            "url": glance.url,
+        }
         made = identity.post("/endpoints", json={"endpoint": endpoint}).json()["endpoint"]["id"]
         try:
             yield answers, {"OS_REGION_NAME": region, "OS_AUTH_URL": f"{keystone.url}/v3"}
@@ -362,7 +404,9 @@ def fronts(node: Node) -> Iterator[tuple[dict[str, Iterator[Answer]], dict[str, 
 
 
 def test_a_cloud_that_goes_away_and_comes_back(node: Node, tmp_path: Path) -> None:
-    """Each service that goes away is told of once when it does and once when it is back; then linking goes on.
+    """Each service that goes away is told of once when it does and once when it is back.
+
+    Then linking goes on.
 
     A token that expires meanwhile is a new token, without a word.
     """
@@ -375,7 +419,9 @@ def test_a_cloud_that_goes_away_and_comes_back(node: Node, tmp_path: Path) -> No
             wait_until(lambda: node.linked(image), "the link")
 
         def comes_back(name: str) -> None:
-            wait_until(lambda: f"{name} cannot be asked" in log.read_text(), "the line that it is away")
+            wait_until(
+                lambda: f"{name} cannot be asked" in log.read_text(), "the line that it is away"
+            )
             image = node.cloud.image("image", DATA)
             assert not node.linked(image)
             answers.update(glance=iter(()), keystone=iter(()))
@@ -395,22 +441,42 @@ def test_a_cloud_that_goes_away_and_comes_back(node: Node, tmp_path: Path) -> No
         130,
         ["Glance cannot be asked", "Keystone cannot be asked", "interrupted"],
     )
-    told = [line.split(" ", 4)[4].split(":")[0] for line in log.read_text().splitlines() if " linked: " not in line]
-    assert told == ["Glance cannot be asked", "it is over", "Keystone cannot be asked", "it is over"]
+    told = [
+        line.split(" ", 4)[4].split(":")[0]
+        for line in log.read_text().splitlines()
+        if " linked: " not in line
+    ]
+    assert told == [
+        "Glance cannot be asked",
+        "it is over",
+        "Keystone cannot be asked",
+        "it is over",
+    ]
 
 
 def test_a_password_that_is_changed_ends_it(node: Node) -> None:
-    """With one line and status 2: a password that is refused is not tried again and again, which locks accounts."""
+    """With one line and status 2.
+
+    A password that is refused is not tried again and again, which locks accounts.
+    """
     name = f"user-{uuid.uuid4()}"
     who = node.cloud.add_user(name, name, "admin")
     image = node.cloud.image("image", DATA)
     user: dict[str, str | None] = {"OS_USERNAME": name, "OS_PROJECT_NAME": name}
-    with fronts(node) as (answers, variables), running(node, "-q", "--every", "0.1", **user, **variables) as run:
+    with (
+        fronts(node) as (answers, variables),
+        running(node, "-q", "--every", "0.1", **user, **variables) as run,
+    ):
         wait_until(lambda: node.linked(image), "the link")
-        node.cloud.identity().patch(f"/users/{who.get_user_id()}", json={"user": {"password": "another"}})
+        node.cloud.identity().patch(
+            f"/users/{who.get_user_id()}", json={"user": {"password": "another"}}
+        )
         answers["glance"] = iter([Answer(401)])
         status, errors = run.ended(None)
-    assert (status, errors) == (2, ["ln-images: Keystone refuses the credentials: HTTP 401: check your openrc"])
+    assert (status, errors) == (
+        2,
+        ["ln-images: Keystone refuses the credentials: HTTP 401: check your openrc"],
+    )
 
 
 def test_without_inotify_the_clock_alone_links(node: Node) -> None:
@@ -421,7 +487,9 @@ def test_without_inotify_the_clock_alone_links(node: Node) -> None:
         pytest.skip("no user namespace here")
     command = [*space, str(COMMAND), "-v", "--every", "0.2", "--for", "2", "--owner", "0:0"]
     node.cloud.image("image", DATA)
-    run = subprocess.run(command, env=node.environment(), capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(
+        command, env=node.environment(), capture_output=True, text=True, timeout=60, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("no watch on") == 1
     assert len(node.names()) == 1

@@ -1,9 +1,10 @@
 """``make test-cephfs``: ln-images on a real CephFS with two clients, one line for each claim.
 
-A Ceph cluster of one node, from Debian's packages, on loopback, without authentication, in one temporary directory: a
-monitor, a manager, a metadata server and an OSD on a sparse file. Two ``ceph-fuse`` mounts are two clients. Glance
-stores its images through the first, where the command runs as on a storage node; the second is a compute node. It
-needs root, takes some minutes, and is no part of ``make test``. Whatever ends it, processes, mounts and files go.
+A Ceph cluster of one node, from Debian's packages, on loopback, without authentication, in one
+temporary directory: a monitor, a manager, a metadata server and an OSD on a sparse file. Two
+``ceph-fuse`` mounts are two clients. Glance stores its images through the first, where the command
+runs as on a storage node; the second is a compute node. It needs root, takes some minutes, and is
+no part of ``make test``. Whatever ends it, processes, mounts and files go.
 """
 
 import argparse
@@ -61,7 +62,10 @@ mon_allow_pool_size_one = true
 
 
 class Ceph:
-    """A running cluster with one file system, mounted at ``a`` and at ``b`` by two clients. Use it with ``with``."""
+    """A running cluster with one file system, mounted at ``a`` and at ``b`` by two clients.
+
+    Use it with ``with``.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -82,7 +86,9 @@ class Ceph:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         fsid, osd = uuid.uuid4(), str(uuid.uuid4())
-        self._configuration.write_text(CONFIGURATION.format(fsid=fsid, port=port, directory=self._directory))
+        self._configuration.write_text(
+            CONFIGURATION.format(fsid=fsid, port=port, directory=self._directory)
+        )
         for name in ("mon", "mgr", "mds", "osd", "a", "b"):
             (self._directory / name).mkdir()
         monmap = str(self._directory / "monmap")
@@ -99,14 +105,22 @@ class Ceph:
             self._run("ceph", "osd", "pool", "create", pool, "8")
         self._run("ceph", "fs", "new", "fs", "metadata", "data")
         self._spawn(ends, "ceph-mds", "-f", "-i", "s")
-        wait_until(lambda: b"up:active" in self._run("ceph", "mds", "stat"), "the metadata server", START_SECONDS)
+        wait_until(
+            lambda: b"up:active" in self._run("ceph", "mds", "stat"),
+            "the metadata server",
+            START_SECONDS,
+        )
         for mount in (self.a, self.b):
             self._mount(ends, mount)
 
     def _mount(self, ends: contextlib.ExitStack, mount: Path) -> None:
         process = self._spawn(ends, "ceph-fuse", "-f", "-n", "client.admin", str(mount))
         ends.callback(_unmount, mount)
-        wait_until(lambda: mount.is_mount() or process.poll() is not None, f"the mount of {mount}", START_SECONDS)
+        wait_until(
+            lambda: mount.is_mount() or process.poll() is not None,
+            f"the mount of {mount}",
+            START_SECONDS,
+        )
         if not mount.is_mount():
             raise RuntimeError(f"{mount} was not mounted: see the logs in {self._directory}")
 
@@ -122,10 +136,14 @@ class Ceph:
         command = [program, "-c", str(self._configuration), *arguments]
         done = subprocess.run(command, capture_output=True, check=False, timeout=START_SECONDS)
         if done.returncode:
-            raise subprocess.SubprocessError(f"{' '.join(command)}: {done.stderr.decode(errors='replace')[-2000:]}")
+            raise subprocess.SubprocessError(
+                f"{' '.join(command)}: {done.stderr.decode(errors='replace')[-2000:]}"
+            )
         return done.stdout
 
-    def _spawn(self, ends: contextlib.ExitStack, program: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def _spawn(
+        self, ends: contextlib.ExitStack, program: str, *arguments: str
+    ) -> subprocess.Popen[bytes]:
         """Starts a daemon in the foreground; it ends, by its own pid, when the stack unwinds."""
         with (self._directory / "daemons.log").open("ab") as log:
             process = subprocess.Popen(
@@ -142,7 +160,9 @@ class Ceph:
 def _unmount(mount: Path) -> None:
     for options in ([], ["-l"]):
         if mount.is_mount():
-            subprocess.run(["umount", *options, mount], check=False, timeout=30, capture_output=True)
+            subprocess.run(
+                ["umount", *options, mount], check=False, timeout=30, capture_output=True
+            )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -155,7 +175,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 class Lab:
-    """What the claims are made on: the cluster, a cloud that stores on it, and the storage node's side of it."""
+    """What the claims are made on.
+
+    The cluster, a cloud that stores on it, and the storage node's side of it.
+    """
 
     def __init__(self, ceph: Ceph, cloud: Cloud, nova: Compute) -> None:
         self.ceph, self.cloud, self.nova = ceph, cloud, nova
@@ -176,11 +199,16 @@ class Lab:
         """Makes a pass over every image, and returns (outcome, reason) by image id."""
         run = self.node.run("--full", *arguments, LN_IMAGES_FORMAT="json")
         hold(run.returncode == 0, run.stderr)
-        return {image["id"]: (image["outcome"], image["reason"]) for image in json.loads(run.stdout)["images"]}
+        return {
+            image["id"]: (image["outcome"], image["reason"])
+            for image in json.loads(run.stdout)["images"]
+        }
 
     def begin(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Starts a pass and does not wait for it."""
-        return subprocess.Popen([COMMAND, "-q", *arguments], env=self.node.environment(), stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [COMMAND, "-q", *arguments], env=self.node.environment(), stderr=subprocess.DEVNULL
+        )
 
 
 Claim = Callable[[Lab], str]
@@ -226,7 +254,10 @@ def main_job(lab: Lab) -> str:
             status = there.stat()
             hold(process.wait(60) == 0, "the pass failed")
             hold(held.read() == data, "who has it open reads something else")
-        hold((status.st_uid, status.st_gid, status.st_nlink) == (*OWNER, 2), "the owner or the link count differs")
+        hold(
+            (status.st_uid, status.st_gid, status.st_nlink) == (*OWNER, 2),
+            "the owner or the link count differs",
+        )
         hold(stat.S_IMODE(status.st_mode) == 0o644, "the mode differs")
         hold(os.getxattr(there, MARK) == image.encode(), "the mark differs")
         hold(there.read_bytes() == data and lab.node.linked(image), "the content differs")
@@ -256,7 +287,10 @@ def in_flight(lab: Lab) -> str:
 
 @claim
 def hostile(lab: Lab) -> str:
-    """Hostile files have the outcomes of tests/test_corpus.py: links, FIFOs, sockets, devices, backing files."""
+    """Hostile files have the outcomes of tests/test_corpus.py.
+
+    Links, FIFOs, sockets, devices, backing files.
+    """
     from test_corpus import GOOD, MET, place
 
     began = time.monotonic()
@@ -266,7 +300,8 @@ def hostile(lab: Lab) -> str:
     wrong = {
         what: outcomes.get(ids[what], ("unlisted", ""))
         for what, case in MET.items()
-        if outcomes.get(ids[what], ("unlisted", ""))[0] != ("present" if what in GOOD else case.outcome)
+        if outcomes.get(ids[what], ("unlisted", ""))[0]
+        != ("present" if what in GOOD else case.outcome)
     }
     hold(not wrong, f"other outcomes: {wrong}")
     (lab.ceph.a / "outside").unlink(missing_ok=True)
@@ -275,13 +310,18 @@ def hostile(lab: Lab) -> str:
 
 @claim
 def killed(lab: Lab) -> str:
-    """Killed with SIGKILL among 2,000 links, eight times, it leaves right names only; the next run makes the rest."""
+    """Killed with SIGKILL among 2,000 links, eight times, it leaves right names only.
+
+    The next run makes the rest.
+    """
     images = lab.cloud.add_many(2000)
     by_name = {lab.node.entry(image).name: image for image in images}
     left = [0]
     for _ in range(8):
         process = lab.begin()
-        enough = functools.partial(_more_than, lambda: len(lab.node.names()), left[-1] + 200, process)
+        enough = functools.partial(
+            _more_than, lambda: len(lab.node.names()), left[-1] + 200, process
+        )
         wait_until(enough, "more links", 60)
         process.kill()
         hold(process.wait() == -signal.SIGKILL, "it ended before it was killed")
@@ -366,7 +406,10 @@ def flock(directory: Path) -> Iterator[None]:
 
 @claim
 def clean_up(lab: Lab) -> str:
-    """A base is retired, restored, retired and removed; the other client, which has it open, reads on all the while."""
+    """A base is retired, restored, retired and removed.
+
+    The other client, which has it open, reads on all the while.
+    """
     lab.cloud.image("another", b"\1" * 5000)
     data = os.urandom(8 * MIB)
     image = lab.cloud.image("gone", data)
@@ -386,9 +429,15 @@ def clean_up(lab: Lab) -> str:
             seen = lab.outcomes("--prune", "--prune-after", "1s").get(image, ("", ""))
             hold(seen[0] == outcome, f"it is {seen}, not {outcome}")
             names = (there.exists(), aside.exists())
-            hold(names == (outcome == "restored", outcome == "retired"), f"the other client sees {names}: {outcome}")
+            hold(
+                names == (outcome == "restored", outcome == "retired"),
+                f"the other client sees {names}: {outcome}",
+            )
             os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            hold(os.pread(held.fileno(), len(data), 0) == data, f"who has it open does not read on: {outcome}")
+            hold(
+                os.pread(held.fileno(), len(data), 0) == data,
+                f"who has it open does not read on: {outcome}",
+            )
     return "also after it was removed"
 
 
@@ -408,7 +457,9 @@ def killed_in_clean_up(lab: Lab) -> str:
     end, left = time.monotonic() + 60, [0]
     while len(left) < 5 and time.monotonic() < end:
         process = lab.begin("--prune", "--prune-after", "90s")
-        enough = functools.partial(_more_than, lambda: len(_retired(lab.node)), left[-1] + 8, process)
+        enough = functools.partial(
+            _more_than, lambda: len(_retired(lab.node)), left[-1] + 8, process
+        )
         wait_until(enough, "more retired bases", 60)
         process.kill()
         hold(process.wait() == -signal.SIGKILL, "it ended before it was killed")
@@ -417,8 +468,12 @@ def killed_in_clean_up(lab: Lab) -> str:
         left.append(len(_retired(lab.node)))
     run = lab.node.run("-q", "--prune", "--prune-after", "90s")
     hold(run.returncode == 0, run.stderr)
-    hold(_retired(lab.node) == {f"{name}.retired" for name in inodes}, "not all are retired in the end")
-    # CephFS has no rename that replaces nothing: killed between link and unlink, a base has both names for a while.
+    hold(
+        _retired(lab.node) == {f"{name}.retired" for name in inodes},
+        "not all are retired in the end",
+    )
+    # CephFS has no rename that replaces nothing: killed between link and unlink, a base has both
+    # names for a while.
     both = len(lab.node.names() & inodes.keys())
     return f"killed with {', '.join(map(str, left[1:]))} retired; {both} have both names for another --prune-after"
 
@@ -428,8 +483,15 @@ def _retired(node: Node) -> set[str]:
 
 
 def _one_base(node: Node, name: str, inode: int) -> bool:
-    """Whether a base has its name or that of a retired one; or both, where the file system has no other way."""
-    found = {path.stat().st_ino for path in (node.cache / name, node.cache / f"{name}.retired") if path.exists()}
+    """Whether a base has its name or that of a retired one.
+
+    Or both, where the file system has no other way.
+    """
+    found = {
+        path.stat().st_ino
+        for path in (node.cache / name, node.cache / f"{name}.retired")
+        if path.exists()
+    }
     return found == {inode}
 
 
@@ -445,7 +507,10 @@ def speed(lab: Lab) -> str:
     for image in images:
         with (local / "images" / image).open("wb") as file:
             file.truncate(4096)
-    here = {"LN_IMAGES_IMAGES_DIR": str(local / "images"), "LN_IMAGES_CACHE_DIR": str(local / "imagecache")}
+    here = {
+        "LN_IMAGES_IMAGES_DIR": str(local / "images"),
+        "LN_IMAGES_CACHE_DIR": str(local / "imagecache"),
+    }
     hold(lab.node.run("-q", **here).returncode == 0, "it could not link on the local file system")
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(5):
@@ -472,7 +537,10 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        with tempfile.TemporaryDirectory(prefix="cephfs-") as temporary, _lab(Path(temporary)) as lab:
+        with (
+            tempfile.TemporaryDirectory(prefix="cephfs-") as temporary,
+            _lab(Path(temporary)) as lab,
+        ):
             failed = sum([_try(lab, one) for one in CLAIMS if not only or one.__name__ in only])
     except KeyboardInterrupt:
         print("interrupted: the cluster is stopped and its directory removed")
@@ -497,8 +565,15 @@ def _lab(directory: Path) -> Iterator[Lab]:
         cloud.images.mkdir(mode=0o700)
         with cloud, Compute(max_limit=3) as nova:
             identity = cloud.identity()
-            service = identity.post("/services", json={"service": {"type": "compute"}}).json()["service"]["id"]
-            endpoint = {"service_id": service, "interface": "public", "region_id": REGION, "url": nova.url}
+            service = identity.post("/services", json={"service": {"type": "compute"}}).json()[
+                "service"
+            ]["id"]
+            endpoint = {
+                "service_id": service,
+                "interface": "public",
+                "region_id": REGION,
+                "url": nova.url,
+            }
             identity.post("/endpoints", json={"endpoint": endpoint})
             yield Lab(ceph, cloud, nova)
 

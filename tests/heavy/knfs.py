@@ -1,8 +1,11 @@
-"""``make test-knfs``: what a kernel NFS server says that its clients hold open, and what ``--prune`` makes of it.
+"""``make test-knfs``.
 
-Debian's kernel runs in QEMU, without KVM: it is the storage node with the NFS server, and in network namespaces it is
-two compute nodes. Its root is this machine's, shared read-only, so that the same Python and the same command run in
-there (``knfs_inside.py``), against a real Keystone and Glance out here. Nothing is installed, and nothing remains.
+What a kernel NFS server says that its clients hold open, and what ``--prune`` makes of it.
+
+Debian's kernel runs in QEMU, without KVM: it is the storage node with the NFS server, and in
+network namespaces it is two compute nodes. Its root is this machine's, shared read-only, so that
+the same Python and the same command run in there (``knfs_inside.py``), against a real Keystone and
+Glance out here. Nothing is installed, and nothing remains.
 """
 
 import json
@@ -25,7 +28,17 @@ from knfs_inside import DATA, FILE_SYSTEMS, WORK
 SECONDS = 1200
 PACKAGES = ("linux-image-amd64", "busybox-static")
 # libcrc32c asks for an algorithm, and names no module that has it.
-MODULES = ("crc32c_generic", "virtio_pci", "virtio_blk", "virtio_net", "veth", "9p", "9pnet_virtio", "nfsd", "nfsv4")
+MODULES = (
+    "crc32c_generic",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "veth",
+    "9p",
+    "9pnet_virtio",
+    "nfsd",
+    "nfsv4",
+)
 INIT = """#!/bin/sh
 /bin/busybox --install -s /bin
 mount -t devtmpfs none /dev
@@ -48,11 +61,21 @@ poweroff -f
 
 def unpacked(package: str, directory: Path) -> Path:
     """A Debian package, or the one that it stands for, unpacked and not installed."""
-    depends = subprocess.run(["apt-cache", "depends", package], capture_output=True, text=True, check=True).stdout
-    name = next(iter(re.findall(rf"Depends: ({package.removesuffix('-amd64')}\S+)", depends)), package)
+    depends = subprocess.run(
+        ["apt-cache", "depends", package], capture_output=True, text=True, check=True
+    ).stdout
+    name = next(
+        iter(re.findall(rf"Depends: ({package.removesuffix('-amd64')}\S+)", depends)), package
+    )
     (directory / package).mkdir()
-    subprocess.run(["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", name], cwd=directory, check=True)
-    subprocess.run(["dpkg-deb", "-x", next(directory.glob(f"{name}_*.deb")), directory / package], check=True)
+    subprocess.run(
+        ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", name],
+        cwd=directory,
+        check=True,
+    )
+    subprocess.run(
+        ["dpkg-deb", "-x", next(directory.glob(f"{name}_*.deb")), directory / package], check=True
+    )
     return directory / package
 
 
@@ -66,7 +89,10 @@ def modules(kernel: Path) -> Iterator[Path]:
         if module in files and module not in done:
             done.add(module)
             content = files[module].read_bytes()
-            said = re.search(rb"\0depends=([^\0]*)", lzma.decompress(content) if content[:1] == b"\xfd" else content)
+            said = re.search(
+                rb"\0depends=([^\0]*)",
+                lzma.decompress(content) if content[:1] == b"\xfd" else content,
+            )
             for other in said[1].decode().replace("-", "_").split(",") if said else ():
                 yield from needed(other)
             yield files[module]
@@ -91,16 +117,29 @@ def initrd(kernel: Path, busybox: Path, directory: Path, command: str) -> Path:
     with (directory / "initrd.img").open("wb") as image:
         archive: list[str | Path] = [busybox, "cpio", "-o", "-H", "newc"]
         subprocess.run(
-            archive, cwd=init.parent, input=names.encode(), stdout=image, stderr=subprocess.DEVNULL, check=True
+            archive,
+            cwd=init.parent,
+            input=names.encode(),
+            stdout=image,
+            stderr=subprocess.DEVNULL,
+            check=True,
         )
     return directory / "initrd.img"
 
 
 def boot(directory: Path, share: Path) -> int:
-    """Runs ``knfs_inside.py`` in the virtual machine; its exit status. ``share`` is read-write in there."""
+    """Runs ``knfs_inside.py`` in the virtual machine; its exit status.
+
+    ``share`` is read-write in there.
+    """
     kernel, busybox = (unpacked(package, directory) for package in PACKAGES)
     inside = Path(__file__).resolve().with_name("knfs_inside.py")
-    image = initrd(kernel, busybox / "bin" / "busybox", directory, shlex.join([sys.executable, "-B", str(inside)]))
+    image = initrd(
+        kernel,
+        busybox / "bin" / "busybox",
+        directory,
+        shlex.join([sys.executable, "-B", str(inside)]),
+    )
     disks: list[str] = []
     for name in FILE_SYSTEMS:
         with (directory / name).open("wb") as disk:
@@ -113,7 +152,10 @@ def boot(directory: Path, share: Path) -> int:
             *("-kernel", next(kernel.glob("boot/vmlinuz-*")), "-initrd", image),
             *("-append", "console=ttyS0 quiet panic=-1"),
             *("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="),
-            *("-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"),
+            *(
+                "-virtfs",
+                "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap",
+            ),
             *("-virtfs", f"local,path={share},mount_tag=work,security_model=none"),
             *disks,
         ],
@@ -129,7 +171,10 @@ def boot(directory: Path, share: Path) -> int:
 
 
 def main() -> int:
-    """Ends as the virtual machine did. Whatever ends it, servers, machine and files are gone afterwards."""
+    """Ends as the virtual machine did.
+
+    Whatever ends it, servers, machine and files are gone afterwards.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="ln-images-knfs-") as name:
@@ -138,14 +183,24 @@ def main() -> int:
         (directory / "cloud").mkdir()
         with Cloud(directory / "cloud") as cloud, Compute() as compute:
             identity = cloud.identity()
-            service = identity.post("/services", json={"service": {"type": "compute"}}).json()["service"]["id"]
-            endpoint = {"service_id": service, "interface": "public", "region_id": REGION, "url": compute.url}
+            service = identity.post("/services", json={"service": {"type": "compute"}}).json()[
+                "service"
+            ]["id"]
+            endpoint = {
+                "service_id": service,
+                "interface": "public",
+                "region_id": REGION,
+                "url": compute.url,
+            }
             identity.post("/endpoints", json={"endpoint": endpoint})
             here, gone = (cloud.image(name, DATA) for name in ("here", "gone"))
             cloud.delete(gone)
             told = {
                 "environment": cloud.environment(),
-                "ports": [urllib.parse.urlsplit(url).port for url in (cloud.keystone, cloud.glance, compute.url)],
+                "ports": [
+                    urllib.parse.urlsplit(url).port
+                    for url in (cloud.keystone, cloud.glance, compute.url)
+                ],
                 "here": here,
                 "gone": gone,
             }

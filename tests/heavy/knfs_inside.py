@@ -1,4 +1,7 @@
-"""Runs in the virtual machine that ``knfs.py`` starts: a kernel NFS server, two compute nodes, and ``--prune``."""
+"""Runs in the virtual machine that ``knfs.py`` starts.
+
+A kernel NFS server, two compute nodes, and ``--prune``.
+"""
 
 import fcntl
 import hashlib
@@ -17,7 +20,8 @@ from typing import IO
 from ln_images.instances import open_inodes
 from ln_images.model import TemporaryError
 
-# The one place that can be written; the file systems are mounted in it. All of the first is exported.
+# The one place that can be written; the file systems are mounted in it. All of the first is
+# exported.
 WORK = Path("/media")
 FILE_SYSTEMS = ("ext4", "xfs", "btrfs")
 ROOT = WORK / "ext4"
@@ -64,24 +68,37 @@ def serve(*exports: Path) -> None:
     for number in ("1", "2"):
         write(RPC / "auth.unix.ip" / "channel", f"nfsd 10.1.{number}.2 2147483647 nodes\n")
     for fsid, path in enumerate(exports):
-        write(RPC / "nfsd.export" / "channel", f"nodes {path} 2147483647 {EXPORT_FLAGS} 65534 65534 {fsid}\n")
-        write(RPC / "nfsd.fh" / "channel", f"nodes 1 \\x{fsid.to_bytes(4, 'little').hex()} 2147483647 {path}\n")
+        write(
+            RPC / "nfsd.export" / "channel",
+            f"nodes {path} 2147483647 {EXPORT_FLAGS} 65534 65534 {fsid}\n",
+        )
+        write(
+            RPC / "nfsd.fh" / "channel",
+            f"nodes 1 \\x{fsid.to_bytes(4, 'little').hex()} 2147483647 {path}\n",
+        )
     write(NFSD / "versions", "-2 -3 +4\n")
     write(NFSD / "portlist", "tcp 2049\n")
     write(NFSD / "threads", "4\n")
 
 
 class Node:
-    """A compute node: host name, network and mounts of its own. Its directory ``base`` is the server's root."""
+    """A compute node: host name, network and mounts of its own.
+
+    Its directory ``base`` is the server's root.
+    """
 
     def __init__(self, number: int) -> None:
         server, address = f"10.1.{number}.1", f"10.1.{number}.2"
         name, self._link = f"compute-{number}", f"to-{number}"
         mounted = WORK / name
         mounted.mkdir()
-        self._process = subprocess.Popen(["unshare", "--net", "--mount", "--uts", "sleep", "infinity"])
+        self._process = subprocess.Popen(
+            ["unshare", "--net", "--mount", "--uts", "sleep", "infinity"]
+        )
         pid = str(self._process.pid)
-        wait_until(lambda: os.readlink(f"/proc/{pid}/ns/uts") != os.readlink("/proc/self/ns/uts"), name)
+        wait_until(
+            lambda: os.readlink(f"/proc/{pid}/ns/uts") != os.readlink("/proc/self/ns/uts"), name
+        )
         enter = ("nsenter", "--target", pid, "--net", "--mount", "--uts", "--root")
         run("ip", "link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", pid)
         run("ip", "address", "add", f"{server}/24", "dev", self._link)
@@ -117,7 +134,10 @@ def held(inode: int) -> list[str]:
 
 
 def expect(claim: str, inode: int, *kinds: str) -> None:
-    """Prints a claim and what the kernel says; fails where that is not ``kinds``, or the command reads it otherwise."""
+    """Prints a claim and what the kernel says.
+
+    Fails where that is not ``kinds``, or the command reads it otherwise.
+    """
     print(f"--- {claim}")
     print("".join(f"{line}\n" for line in states().splitlines() if f':{inode}"' in line), end="")
     assert held(inode) == list(kinds), states()
@@ -195,7 +215,10 @@ def hostile_name(node: Node) -> None:
 
 
 def file_systems(node: Node) -> None:
-    """The inode is always st_ino; the device is st_dev, but on btrfs, where each subvolume has an st_dev of its own."""
+    """The inode is always st_ino.
+
+    The device is st_dev, but on btrfs, where each subvolume has an st_dev of its own.
+    """
     delegations(False)
     run("btrfs", "subvolume", "create", ROOT / "btrfs" / "subvolume")
     for directory in (ROOT / "xfs", ROOT / "btrfs", ROOT / "btrfs" / "subvolume", ROOT / "overlay"):
@@ -221,7 +244,9 @@ def lost_node(node: Node) -> None:
         expect(f"its node is cut off and its lease over, after {seconds:.0f} s", inode, "open")
         node.connect(True)
         # Whatever the node asks renews its lease.
-        wait_until(lambda: "status: courtesy" not in infos() and list(node.base.iterdir()), "for the node")
+        wait_until(
+            lambda: "status: courtesy" not in infos() and list(node.base.iterdir()), "for the node"
+        )
         expect("its node is back", inode, "open")
     expect("closed", inode)
 
@@ -239,7 +264,9 @@ def restarted(node: Node, *exports: Path) -> None:
         expect_nothing("the server was started again: it is in use, and not listed", inode)
         seconds = wait_until(lambda: held(inode), "for a client that reclaims")
         assert in_grace()
-        expect_nothing(f"listed again {seconds:.0f} s later, but others may not yet be", inode, "open")
+        expect_nothing(
+            f"listed again {seconds:.0f} s later, but others may not yet be", inode, "open"
+        )
         assert file.read(len(DATA)) == DATA
 
 
@@ -261,7 +288,9 @@ def forward(port: int) -> None:
             for pair in ((client, server), (server, client)):
                 threading.Thread(target=pump, args=pair, daemon=True).start()
 
-    threading.Thread(target=accept, args=(socket.create_server(("127.0.0.1", port)),), daemon=True).start()
+    threading.Thread(
+        target=accept, args=(socket.create_server(("127.0.0.1", port)),), daemon=True
+    ).start()
 
 
 def prune(node: Node) -> None:
@@ -278,8 +307,24 @@ def prune(node: Node) -> None:
     base = new(hashlib.sha1(told["gone"].encode()).hexdigest(), cache)  # noqa: S324
     os.setxattr(base, "user.ln_images.image_id", told["gone"].encode())
     retired = base.with_name(f"{base.name}.retired")
-    command = [Path(sys.executable).with_name("ln-images"), "--images-dir", images, "--cache-dir", cache]
-    command += ["--owner", "0:0", "--prune", "--prune-after", "1s", "--format", "json", "--timeout", "120"]
+    command = [
+        Path(sys.executable).with_name("ln-images"),
+        "--images-dir",
+        images,
+        "--cache-dir",
+        cache,
+    ]
+    command += [
+        "--owner",
+        "0:0",
+        "--prune",
+        "--prune-after",
+        "1s",
+        "--format",
+        "json",
+        "--timeout",
+        "120",
+    ]
 
     def outcome(claim: str, expected: str, reason: str = "") -> None:
         time.sleep(2)
@@ -291,7 +336,9 @@ def prune(node: Node) -> None:
             check=False,
         )
         assert done.returncode == 0, done
-        (found,) = [one for one in json.loads(done.stdout)["images"] if one["cache_name"] == base.name]
+        (found,) = [
+            one for one in json.loads(done.stdout)["images"] if one["cache_name"] == base.name
+        ]
         print(f"--- {claim}\n{found['outcome']}: {found['reason']}")
         assert found["outcome"] == expected
         assert reason in found["reason"]
@@ -334,7 +381,8 @@ def main() -> None:
     assert in_grace()
     assert not list(NFSD.glob("clients/*"))
     serve(*exports)
-    # Nobody has anything to tell of before the start. To end it later would forget those who are there.
+    # Nobody has anything to tell of before the start. To end it later would forget those who are
+    # there.
     write(NFSD / "v4_end_grace", "Y\n")
     first, second = Node(1), Node(2)
     without_delegations(first)

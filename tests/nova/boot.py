@@ -1,6 +1,9 @@
-"""``make boot``: how long the first boot of an image takes with the link and without, on a Nova that boots servers.
+"""``make boot``.
 
-What is compared takes turns in one run. Every server is a real guest that proves on its console that it booted.
+How long the first boot of an image takes with the link and without, on a Nova that boots servers.
+
+What is compared takes turns in one run. Every server is a real guest that proves on its console
+that it booted.
 """
 
 import argparse
@@ -38,7 +41,10 @@ download here never waits for a network.
 
 
 class Boot(NamedTuple):
-    """One first boot: seconds until ACTIVE and until the guest's first line, and bytes that Glance served for it."""
+    """One first boot.
+
+    Seconds until ACTIVE and until the guest's first line, and bytes that Glance served for it.
+    """
 
     active: float
     guest: float
@@ -66,7 +72,9 @@ def main() -> None:
         for size in sizes:
             lab.compare(size, options.rounds)
     print_tables(figures, sizes, formats)
-    print(f"\nOf {options.racers} servers created the instant their image was active, {fetched} fetched it.\n{NOTES}")
+    print(
+        f"\nOf {options.racers} servers created the instant their image was active, {fetched} fetched it.\n{NOTES}"
+    )
     draw(figures, sizes)
 
 
@@ -75,28 +83,42 @@ class Lab:
 
     def __init__(self, rig: Rig, figures: Figures, formats: Sequence[str]) -> None:
         self._rig, self._figures, self._formats = rig, figures, formats
-        aggregate = rig.compute.post("/os-aggregates", json={"aggregate": {"name": "all"}}).json()["aggregate"]
+        aggregate = rig.compute.post("/os-aggregates", json={"aggregate": {"name": "all"}}).json()[
+            "aggregate"
+        ]
         self._aggregate = f"/os-aggregates/{aggregate['id']}"
         rig.compute.post(f"{self._aggregate}/action", json={"add_host": {"host": rig.node.name}})
 
     def compare(self, size: int, rounds: int) -> None:
-        """All ways to boot an image of ``size`` MiB, in turn; each round begins with another one."""
+        """All ways to boot an image of ``size`` MiB, in turn.
+
+        Each round begins with another one.
+        """
         say(f"{size} MiB: making the images")
         images, proof = self._images(size)
         for number in range(rounds):
-            ways = [(disk_format, way) for way in (DOWNLOADED, LINKED, CACHED) for disk_format in self._formats]
+            ways = [
+                (disk_format, way)
+                for way in (DOWNLOADED, LINKED, CACHED)
+                for disk_format in self._formats
+            ]
             first = number * len(self._formats) % len(ways)
             for disk_format, way in ways[first:] + ways[:first]:
                 for name, boot in self._boots(way, images[disk_format], proof):
                     self._figures[size, disk_format, name].append(boot)
                     took = f"{boot.active:.1f} s, {boot.served / guest.MIB:.0f} MiB served"
-                    say(f"{size} MiB, round {number + 1} of {rounds}: {disk_format}, {name}: {took}")
+                    say(
+                        f"{size} MiB, round {number + 1} of {rounds}: {disk_format}, {name}: {took}"
+                    )
         for image in images.values():
             self._rig.cloud.delete(image)
             self._rig.entry(image).unlink(missing_ok=True)
 
     def race(self, racers: int) -> int:
-        """Servers created the instant their image is active, under ``--every 10``: how many images were fetched."""
+        """Servers created the instant their image is active, under ``--every 10``.
+
+        How many images were fetched.
+        """
         say(f"the race: {racers} servers of {racers} images, each created when its image is active")
         path = self._rig.directory / "racer.raw"
         guest.make(path, 64 * guest.MIB)
@@ -172,7 +194,9 @@ def median(boots: Sequence[Boot]) -> Boot:
 def print_tables(figures: Figures, sizes: Sequence[int], formats: Sequence[str]) -> None:
     """The ratios first, and then what they are made of."""
     rounds = len(next(iter(figures.values())))
-    print(f"\n| medians of {rounds} | Nova downloads / linked | pre-caching and boot / linked | second boot / linked |")
+    print(
+        f"\n| medians of {rounds} | Nova downloads / linked | pre-caching and boot / linked | second boot / linked |"
+    )
     print("| --- | ---: | ---: | ---: |")
     for size in sizes:
         for disk_format in formats:
@@ -180,7 +204,9 @@ def print_tables(figures: Figures, sizes: Sequence[int], formats: Sequence[str])
             ratios = (active[DOWNLOADED], active[PRECACHING] + active[CACHED], active[SECOND])
             cells = " | ".join(f"{seconds / active[LINKED]:.1f}" for seconds in ratios)
             print(f"| {size / GIB:g} GiB, {disk_format} | {cells} |")
-    print("\n| seconds | to ACTIVE | shortest | longest | to the guest's first line | MiB that Glance served |")
+    print(
+        "\n| seconds | to ACTIVE | shortest | longest | to the guest's first line | MiB that Glance served |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for size in sizes:
         for disk_format in formats:
@@ -197,7 +223,10 @@ def print_tables(figures: Figures, sizes: Sequence[int], formats: Sequence[str])
 def draw(figures: Figures, sizes: Sequence[int]) -> None:
     """The picture: seconds against size, of the first format."""
     disk_format = next(iter(figures))[1]
-    lines = {way: [median(figures[size, disk_format, way]).active for size in sizes] for way in (DOWNLOADED, LINKED)}
+    lines = {
+        way: [median(figures[size, disk_format, way]).active for size in sizes]
+        for way in (DOWNLOADED, LINKED)
+    }
     document = {"sizes": [size / GIB for size in sizes], "lines": lines, "path": str(PICTURE)}
     script = Path(__file__).with_name("draw.py")
     subprocess.run([NOVA / "bin/python", script], input=json.dumps(document), text=True, check=True)

@@ -1,4 +1,7 @@
-"""Draws seconds against size as an SVG. Reads what to draw as JSON, and runs where matplotlib is."""
+"""Draws seconds against size as an SVG.
+
+Reads what to draw as JSON, and runs where matplotlib is.
+"""
 
 import json
 import sys

@@ -1,8 +1,8 @@
 """A disk that boots in seconds without hardware help, and proves on its serial console that it did.
 
-Debian's kernel and busybox lie on a small FAT file system at its beginning, from which syslinux starts them. Random
-data fills the rest. The guest prints the MD5 of the first part of its disk, random data included, and then again and
-again that it still reads the disk.
+Debian's kernel and busybox lie on a small FAT file system at its beginning, from which syslinux
+starts them. Random data fills the rest. The guest prints the MD5 of the first part of its disk,
+random data included, and then again and again that it still reads the disk.
 """
 
 import hashlib
@@ -15,7 +15,14 @@ from cloud import ROOT
 
 MIB = 1024 * 1024
 KERNEL = ROOT / ".nova" / "guest"
-MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk")
+MODULES = (
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "virtio_blk",
+)
 BOOT_MIB, PROVED_MIB = 20, 24
 SMALLEST = 28 * MIB
 # The lines that the guest prints begin so.
@@ -70,7 +77,14 @@ def _initrd(directory: Path) -> Path:
     for name in ("busybox", "init"):
         (root / name).chmod(0o755)
     initrd = directory / "initrd"
-    _run("sh", "-c", 'cd "$1" && find . | busybox cpio -o -H newc | gzip -1 >"$2"', "sh", str(root), str(initrd))
+    _run(
+        "sh",
+        "-c",
+        'cd "$1" && find . | busybox cpio -o -H newc | gzip -1 >"$2"',
+        "sh",
+        str(root),
+        str(initrd),
+    )
     return initrd
 
 

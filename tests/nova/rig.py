@@ -1,8 +1,11 @@
-"""A whole OpenStack that boots servers, on one machine: run it below ``inside.py``, which makes that machine.
+"""A whole OpenStack that boots servers, on one machine.
 
-Keystone and Glance (``cloud.py``), placement, Nova's API, conductor and scheduler, MariaDB, RabbitMQ, and compute nodes
-with libvirt and QEMU, each in a mount namespace of its own. Everything lies where production has it, so ``ln-images``
-runs with its defaults. Neutron is the one part that is not real: it answers that there are no networks.
+Run it below ``inside.py``, which makes that machine.
+
+Keystone and Glance (``cloud.py``), placement, Nova's API, conductor and scheduler, MariaDB,
+RabbitMQ, and compute nodes with libvirt and QEMU, each in a mount namespace of its own. Everything
+lies where production has it, so ``ln-images`` runs with its defaults. Neutron is the one part that
+is not real: it answers that there are no networks.
 
 ``python rig.py`` alone starts it with one node and waits until it is interrupted.
 """
@@ -109,7 +112,8 @@ send_service_user_token = False
 [neutron]
 {auth}
 """
-# A build under load must not wait for another's answer, nor the connection be given up for one that comes late.
+# A build under load must not wait for another's answer, nor the connection be given up for one that
+# comes late.
 LIBVIRTD_CONF = """
 unix_sock_group = "libvirt"
 auth_unix_ro = "none"
@@ -122,7 +126,10 @@ QEMU_CONF = 'security_driver = "none"\nnamespaces = []\ncgroup_controllers = []\
 
 
 class Node:
-    """A compute node: its own files, host name and libvirt. ``settings`` are lines of its nova.conf, by section."""
+    """A compute node: its own files, host name and libvirt.
+
+    ``settings`` are lines of its nova.conf, by section.
+    """
 
     def __init__(self, rig: "Rig", number: int, **settings: str) -> None:
         self.rig, self.name = rig, f"node-{number}"
@@ -131,7 +138,9 @@ class Node:
         self.settings: dict[str, str] = {}
         self._first, self._last_seen = dict(settings), None
         self._compute: subprocess.Popen[bytes] | None = None
-        self._home = rig.spawn(f"{self.name}-namespace", "unshare", "--mount", "--uts", "sleep", "infinity")
+        self._home = rig.spawn(
+            f"{self.name}-namespace", "unshare", "--mount", "--uts", "sleep", "infinity"
+        )
         time.sleep(0.5)
         self._set_up()
         self.start(**settings)
@@ -143,7 +152,9 @@ class Node:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Runs a command on the node, as root, and returns what it prints."""
-        return subprocess.run([*self._entered(), *command], check=check, capture_output=True, text=True).stdout
+        return subprocess.run(
+            [*self._entered(), *command], check=check, capture_output=True, text=True
+        ).stdout
 
     def start(self, **settings: str) -> None:
         """Starts nova-compute, with other settings than before where any are given, and waits until it is up."""
@@ -152,7 +163,12 @@ class Node:
         lines += [f"[{section}]\n{text}\n" for section, text in self.settings.items()]
         (Path("/etc/nova") / f"{self.name}.conf").write_text("".join(lines))
         self._last_seen = (self._service() or {}).get("updated_at")
-        files = ("--config-file", "/etc/nova/nova.conf", "--config-file", f"/etc/nova/{self.name}.conf")
+        files = (
+            "--config-file",
+            "/etc/nova/nova.conf",
+            "--config-file",
+            f"/etc/nova/{self.name}.conf",
+        )
         self._compute = self.rig.spawn(
             f"{self.name}-nova-compute",
             *(*self._entered(), "setpriv", "--reuid=nova", "--regid=nova", "--init-groups"),
@@ -161,7 +177,10 @@ class Node:
         wait_until(self._up, f"{self.name}", START_SECONDS)
 
     def stop(self) -> None:
-        """Ends nova-compute, which would take a minute to say goodbye; its servers run on. Nova calls it down."""
+        """Ends nova-compute, which would take a minute to say goodbye; its servers run on.
+
+        Nova calls it down.
+        """
         assert self._compute
         self._compute.kill()
         self._compute.wait()
@@ -191,7 +210,9 @@ class Node:
     def chain(self, server: str, disk: str = "disk") -> list[dict[str, Any]]:
         """What ``qemu-img info`` says of a server's disk and of every file that backs it."""
         path = STATE / "instances" / server / disk
-        chain = self.run("qemu-img", "info", "--force-share", "--backing-chain", "--output=json", str(path))
+        chain = self.run(
+            "qemu-img", "info", "--force-share", "--backing-chain", "--output=json", str(path)
+        )
         found: list[dict[str, Any]] = json.loads(chain)
         return found
 
@@ -202,7 +223,18 @@ class Node:
     def first_sector(self, server: str) -> bytes:
         """What a stopped server would read at the beginning of its disk."""
         disk, read = (STATE / "instances" / server / name for name in ("disk", "read"))
-        self.run("qemu-img", "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", f"if={disk}", f"of={read}")
+        self.run(
+            "qemu-img",
+            "dd",
+            "-f",
+            "qcow2",
+            "-O",
+            "raw",
+            "bs=512",
+            "count=1",
+            f"if={disk}",
+            f"of={read}",
+        )
         return (self.instances / server / "read").read_bytes()
 
     def rebase(self, server: str, base: str) -> None:
@@ -229,18 +261,26 @@ class Node:
         for daemon in ("virtlogd", "libvirtd"):
             command = (*self._entered(), daemon, "--pid-file", f"/run/libvirt/{daemon}.pid")
             self.rig.spawn(f"{self.name}-{daemon}", *command)
-        wait_until(lambda: self.run("sh", "-c", "ls /run/libvirt/libvirt-sock", check=False), "libvirtd", 60)
+        wait_until(
+            lambda: self.run("sh", "-c", "ls /run/libvirt/libvirt-sock", check=False),
+            "libvirtd",
+            60,
+        )
 
     def _service(self) -> dict[str, Any] | None:
         asked = {"binary": "nova-compute", "host": self.name}
-        services: list[dict[str, Any]] = self.rig.compute.get("/os-services", params=asked).json()["services"]
+        services: list[dict[str, Any]] = self.rig.compute.get("/os-services", params=asked).json()[
+            "services"
+        ]
         return services[0] if services else None
 
     def _up(self) -> bool:
         assert self._compute
         time.sleep(0.5)
         if self._compute.poll() is not None:
-            raise RuntimeError(f"{self.name}: nova-compute ended: {self.rig.log(f'{self.name}-nova-compute')}")
+            raise RuntimeError(
+                f"{self.name}: nova-compute ended: {self.rig.log(f'{self.name}-nova-compute')}"
+            )
         service = self._service()
         hypervisors = self.rig.compute.get("/os-hypervisors/detail").json()["hypervisors"]
         # What was seen of a nova-compute that has been ended since says nothing of this one.
@@ -254,7 +294,10 @@ class Node:
 
 
 class Rig:
-    """The running cloud; use it as a context manager. ``nodes`` are its compute nodes, the first of them at once."""
+    """The running cloud; use it as a context manager.
+
+    ``nodes`` are its compute nodes, the first of them at once.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -271,7 +314,10 @@ class Rig:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
@@ -286,7 +332,10 @@ class Rig:
         return self.nodes[-1]
 
     def stop(self) -> None:
-        """Ends what was started, the last first; what they started in turn ends with the machine."""
+        """Ends what was started, the last first.
+
+        What they started in turn ends with the machine.
+        """
         for process in reversed(self._processes):
             if process.poll() is None:
                 process.kill()
@@ -296,7 +345,9 @@ class Rig:
         self._network.shutdown()
         self._network.server_close()
         if kept := os.environ.get("RIG_LOGS"):
-            for logs in filter(Path.exists, (LOGS, Path("/var/log/nova"), Path("/var/log/libvirt"))):
+            for logs in filter(
+                Path.exists, (LOGS, Path("/var/log/nova"), Path("/var/log/libvirt"))
+            ):
                 shutil.copytree(logs, Path(kept) / logs.name, dirs_exist_ok=True)
 
     # What a user of the cloud does.
@@ -306,16 +357,27 @@ class Rig:
         image_id = self.cloud.create(name, disk_format=disk_format, **properties)
         with path.open("rb") as data:
             self.cloud.image_api().put(
-                f"/images/{image_id}/file", data=data, headers={"Content-Type": "application/octet-stream"}
+                f"/images/{image_id}/file",
+                data=data,
+                headers={"Content-Type": "application/octet-stream"},
             )
         return image_id
 
-    def boot(self, image: str, node: Node | None = None, flavor: str = "small", wait: bool = True) -> str:
+    def boot(
+        self, image: str, node: Node | None = None, flavor: str = "small", wait: bool = True
+    ) -> str:
         """Creates a server, and waits until it is active and its guest has proved that it booted."""
-        document: dict[str, Any] = {"name": f"of-{image}", "imageRef": image, "flavorRef": flavor, "networks": "none"}
+        document: dict[str, Any] = {
+            "name": f"of-{image}",
+            "imageRef": image,
+            "flavorRef": flavor,
+            "networks": "none",
+        }
         if node:
             document["host"] = node.name
-        server = str(self.compute.post("/servers", json={"server": document}).json()["server"]["id"])
+        server = str(
+            self.compute.post("/servers", json={"server": document}).json()["server"]["id"]
+        )
         if wait:
             self.wait(server, "ACTIVE")
             self.proof(server, node)
@@ -327,7 +389,10 @@ class Rig:
         return found
 
     def wait(self, server: str, status: str, seconds: float = 300) -> None:
-        """Waits until a server has a status and no task is under way. Another server's ERROR is not waited out."""
+        """Waits until a server has a status and no task is under way.
+
+        Another server's ERROR is not waited out.
+        """
         deadline = time.monotonic() + seconds
         while True:
             found = self.server(server)
@@ -335,7 +400,9 @@ class Rig:
                 if found["status"] == status:
                     return
                 if found["status"] == "ERROR":
-                    raise RuntimeError(f"{server} is in ERROR: {found.get('fault', {}).get('message')}")
+                    raise RuntimeError(
+                        f"{server} is in ERROR: {found.get('fault', {}).get('message')}"
+                    )
             if time.monotonic() > deadline:
                 state = (found["status"], found["OS-EXT-STS:task_state"])
                 raise TimeoutError(f"{server} is {state} and not {status} after {seconds} s")
@@ -349,7 +416,9 @@ class Rig:
 
     def snapshot(self, server: str) -> str:
         """Starts a snapshot of a server, and returns the id of its image, which is not active yet."""
-        answer = self.compute.post(f"/servers/{server}/action", json={"createImage": {"name": f"of-{server}"}})
+        answer = self.compute.post(
+            f"/servers/{server}/action", json={"createImage": {"name": f"of-{server}"}}
+        )
         return str(answer.json()["image_id"])
 
     def delete(self, *servers: str) -> None:
@@ -359,7 +428,9 @@ class Rig:
         for server in servers:
             wait_until(lambda server=server: self._gone(server), f"the end of {server}", 120)
 
-    def proof(self, server: str, node: Node | None = None, line: str = "guest: md5 ", seconds: float = 600) -> str:
+    def proof(
+        self, server: str, node: Node | None = None, line: str = "guest: md5 ", seconds: float = 600
+    ) -> str:
         """Waits until the guest has printed a line that begins so, and returns what follows."""
         where = node or self.node
 
@@ -372,7 +443,11 @@ class Rig:
 
     def alive(self, server: str, times: int) -> None:
         """Waits until the guest has said so often that it reads its disk."""
-        wait_until(lambda: self.node.console(server).count("guest: alive") >= times, f"{server} to read its disk", 60)
+        wait_until(
+            lambda: self.node.console(server).count("guest: alive") >= times,
+            f"{server} to read its disk",
+            60,
+        )
 
     # What an operator does on the storage node.
 
@@ -409,7 +484,9 @@ class Rig:
     def openstack(self, *arguments: str) -> str:
         """Runs the OpenStack command line client as the administrator; it is answered yes."""
         command = [str(ROOT / ".openstack" / "bin" / "openstack"), *arguments]
-        run = subprocess.run(command, env=self.operator(), capture_output=True, text=True, input="y\n", check=False)
+        run = subprocess.run(
+            command, env=self.operator(), capture_output=True, text=True, input="y\n", check=False
+        )
         assert run.returncode == 0, run.stderr
         return run.stdout
 
@@ -446,7 +523,9 @@ class Rig:
         threading.Thread(target=self._network.serve_forever, args=(0.1,), daemon=True).start()
         self._users_and_files()
         self._start_database()
-        self.spawn("rabbitmq", *_as("rabbitmq"), "/usr/lib/rabbitmq/bin/rabbitmq-server", **RABBITMQ)
+        self.spawn(
+            "rabbitmq", *_as("rabbitmq"), "/usr/lib/rabbitmq/bin/rabbitmq-server", **RABBITMQ
+        )
         self.cloud = Cloud(GLANCE)
         self._configure()
         self.cloud.__enter__()
@@ -457,7 +536,16 @@ class Rig:
 
     def _users_and_files(self) -> None:
         STATE.mkdir(exist_ok=True)
-        _run("useradd", "--system", "--user-group", "--home", str(STATE), "--groups", "libvirt,kvm", "nova")
+        _run(
+            "useradd",
+            "--system",
+            "--user-group",
+            "--home",
+            str(STATE),
+            "--groups",
+            "libvirt,kvm",
+            "nova",
+        )
         (self.directory / "glance").mkdir()
         GLANCE.mkdir(exist_ok=True)
         _run("mount", "--bind", str(self.directory / "glance"), str(GLANCE))
@@ -474,14 +562,32 @@ class Rig:
 
     def _start_database(self) -> None:
         data = Path("/var/lib/rig-mysql")
-        _run("mariadb-install-db", "--no-defaults", "--user=mysql", f"--datadir={data}", "--skip-test-db", NO_AIO)
+        _run(
+            "mariadb-install-db",
+            "--no-defaults",
+            "--user=mysql",
+            f"--datadir={data}",
+            "--skip-test-db",
+            NO_AIO,
+        )
         wishes = "".join(f"CREATE DATABASE {name};\n" for name in DATABASES)
         wishes += "CREATE USER rig@'%';\nGRANT ALL ON *.* TO rig@'%';\n"
         (data / "init.sql").write_text(wishes)
-        options = ("--skip-name-resolve", "--innodb-flush-log-at-trx-commit=0", f"--socket={data}/socket")
+        options = (
+            "--skip-name-resolve",
+            "--innodb-flush-log-at-trx-commit=0",
+            f"--socket={data}/socket",
+        )
         self.spawn(
             "mariadb",
-            *("mariadbd", "--no-defaults", "--user=mysql", f"--datadir={data}", "--bind-address=127.0.0.1", NO_AIO),
+            *(
+                "mariadbd",
+                "--no-defaults",
+                "--user=mysql",
+                f"--datadir={data}",
+                "--bind-address=127.0.0.1",
+                NO_AIO,
+            ),
             *(*options, f"--init-file={data}/init.sql", "--max-connections=500"),
         )
 
@@ -500,9 +606,16 @@ class Rig:
             "network": f"http://127.0.0.1:{NETWORK}",
         }
         for kind, url in urls.items():
-            service = identity.post("/services", json={"service": {"type": kind, "name": kind}}).json()["service"]
+            service = identity.post(
+                "/services", json={"service": {"type": kind, "name": kind}}
+            ).json()["service"]
             for interface in ("public", "internal"):
-                endpoint = {"service_id": service["id"], "interface": interface, "region_id": REGION, "url": url}
+                endpoint = {
+                    "service_id": service["id"],
+                    "interface": interface,
+                    "region_id": REGION,
+                    "url": url,
+                }
                 identity.post("/endpoints", json={"endpoint": endpoint})
 
     def _start_nova(self) -> None:
@@ -543,14 +656,23 @@ class Rig:
         return False
 
     def _set_up(self, program: str, *arguments: str) -> None:
-        process = self.spawn("setup", str(NOVA / "bin/python"), str(NOVA / "bin" / program), *arguments)
+        process = self.spawn(
+            "setup", str(NOVA / "bin/python"), str(NOVA / "bin" / program), *arguments
+        )
         if process.wait(START_SECONDS):
             raise RuntimeError(f"{program} {' '.join(arguments)}: {self.log('setup')}")
 
     def _serve(self, name: str, port: int, application: str) -> None:
         self.spawn(
             name,
-            *(str(NOVA / "bin/python"), "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--no-control-socket"),
+            *(
+                str(NOVA / "bin/python"),
+                "-m",
+                "gunicorn",
+                "--bind",
+                f"127.0.0.1:{port}",
+                "--no-control-socket",
+            ),
             *("--worker-class", "gthread", "--threads", "8", "--timeout", "120"),
             *("--pythonpath", str(ROOT / "tests" / "nova"), f"wsgi:application({application!r})"),
         )
@@ -570,7 +692,13 @@ class _NoNetworks(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        kind = self.path.split("?")[0].rstrip("/").rsplit("/", 1)[-1].removesuffix(".json").replace("-", "_")
+        kind = (
+            self.path.split("?")[0]
+            .rstrip("/")
+            .rsplit("/", 1)[-1]
+            .removesuffix(".json")
+            .replace("-", "_")
+        )
         body = json.dumps({kind: []}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")

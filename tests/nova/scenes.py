@@ -1,4 +1,7 @@
-"""What the tests on the rig share: how a pass and a document are read, and a command that watches."""
+"""What the tests on the rig share.
+
+How a pass and a document are read, and a command that watches.
+"""
 
 import contextlib
 import re
@@ -19,7 +22,11 @@ def outcome(report: dict[str, Any], image: str) -> str:
 def told(command: str, values: Mapping[str, str]) -> str:
     """The line of docs/recovery.md that begins with a command, with its placeholders filled in."""
     lines = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8").splitlines()
-    found = next(line.strip() for line in lines if line.startswith("    ") and line.strip().startswith(command))
+    found = next(
+        line.strip()
+        for line in lines
+        if line.startswith("    ") and line.strip().startswith(command)
+    )
     for name, value in values.items():
         found = found.replace(name, value)
     return found
@@ -27,7 +34,9 @@ def told(command: str, values: Mapping[str, str]) -> str:
 
 def descriptor(rig: Rig, base: str) -> tuple[str, str]:
     """The process that has a base open and the number of its descriptor, as docs/recovery.md finds them."""
-    found = re.search(r"/proc/(\d+)/fd/(\d+) ", rig.node.run("sh", "-c", told("ls -l /proc", {"SHA1": base})))
+    found = re.search(
+        r"/proc/(\d+)/fd/(\d+) ", rig.node.run("sh", "-c", told("ls -l /proc", {"SHA1": base}))
+    )
     assert found
     return found[1], found[2]
 
@@ -51,7 +60,9 @@ def fails(rig: Rig, server: str, action: str, arguments: object = None) -> None:
     actions = f"/servers/{server}/os-instance-actions"
     rig.compute.post(f"/servers/{server}/action", json={action: arguments})
     wait_until(failed, f"{action} of {server} to fail", 120)
-    wait_until(lambda: rig.server(server)["OS-EXT-STS:task_state"] is None, f"{server} to come to rest", 60)
+    wait_until(
+        lambda: rig.server(server)["OS-EXT-STS:task_state"] is None, f"{server} to come to rest", 60
+    )
 
 
 @contextlib.contextmanager

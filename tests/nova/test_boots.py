@@ -16,7 +16,10 @@ from scenes import descriptor, fails, outcome, reboot, told, watching
 
 
 def test_an_image_without_a_link_is_downloaded_whole(rig: Rig, raw: Disk) -> None:
-    """Without a link Glance serves every byte of an image: what the other tests count is there to be counted."""
+    """Without a link Glance serves every byte of an image.
+
+    What the other tests count is there to be counted.
+    """
     image = rig.image("unlinked", raw.path)
     server = rig.boot(image)
     assert rig.served(image) == raw.size
@@ -36,7 +39,10 @@ def test_a_linked_raw_image_boots_and_nothing_is_fetched(rig: Rig, raw: Disk) ->
 
 
 def test_a_start_gives_a_base_to_the_owner_of_the_guide(rig: Rig, raw: Disk) -> None:
-    """At each start libvirt gives a base to QEMU's user and group: with them as owner a pass has nothing to mend."""
+    """At each start libvirt gives a base to QEMU's user and group.
+
+    With them as owner a pass has nothing to mend.
+    """
     image = rig.image("owned", raw.path)
     rig.ln_images()
     before = rig.entry(image).stat()
@@ -46,7 +52,11 @@ def test_a_start_gives_a_base_to_the_owner_of_the_guide(rig: Rig, raw: Disk) -> 
         os.chown(rig.entry(image), -1, group)
         rig.act(server, "os-start", "ACTIVE")
         after = rig.entry(image).stat()
-        assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+        assert (after.st_uid, after.st_gid, after.st_mode) == (
+            before.st_uid,
+            before.st_gid,
+            before.st_mode,
+        )
         assert outcome(rig.ln_images(), image) == "present"
 
 
@@ -56,7 +66,9 @@ def test_a_guest_reads_its_base_past_the_nodes_memory(rig: Rig, raw: Disk) -> No
     rig.ln_images()
     server = rig.boot(image)
     process, number = descriptor(rig, rig.entry(image).name)
-    flags = re.search(r"^flags:\s*(\d+)$", Path(f"/proc/{process}/fdinfo/{number}").read_text(), re.MULTILINE)
+    flags = re.search(
+        r"^flags:\s*(\d+)$", Path(f"/proc/{process}/fdinfo/{number}").read_text(), re.MULTILINE
+    )
     assert flags
     assert int(flags[1], 8) & os.O_DIRECT
     assert rig.proof(server) == raw.md5
@@ -107,7 +119,10 @@ def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, q
 
 
 def test_a_server_built_on_a_raw_copy_lives_on_in_its_snapshot(rig: Rig, qcow2: Disk) -> None:
-    """On the link a server that was built on Nova's raw copy reads a qcow2 file as its disk; its snapshot lives on."""
+    """On the link a server that was built on Nova's raw copy reads a qcow2 file as its disk.
+
+    Its snapshot lives on.
+    """
     rig.node.runs_with(DEFAULT=CONVERTED)
     image = rig.image("copied-qcow2", qcow2.path, "qcow2")
     built = rig.boot(image)
@@ -127,8 +142,13 @@ def test_a_server_built_on_a_raw_copy_lives_on_in_its_snapshot(rig: Rig, qcow2: 
         assert rig.served(each) == (qcow2.size if each == image else 0)
 
 
-def test_a_qcow2_link_lost_without_force_raw_images_is_only_fetched_again(rig: Rig, qcow2: Disk) -> None:
-    """Without force_raw_images Nova's own copy is the same qcow2: the server starts, for the price of a download."""
+def test_a_qcow2_link_lost_without_force_raw_images_is_only_fetched_again(
+    rig: Rig, qcow2: Disk
+) -> None:
+    """Without force_raw_images Nova's own copy is the same qcow2.
+
+    The server starts, for the price of a download.
+    """
     rig.node.runs_with(DEFAULT=AS_THEY_ARE)
     image = rig.image("fetched-qcow2", qcow2.path, "qcow2")
     rig.ln_images()
@@ -139,8 +159,13 @@ def test_a_qcow2_link_lost_without_force_raw_images_is_only_fetched_again(rig: R
     assert rig.proof(server) == qcow2.md5
 
 
-def test_a_snapshot_of_a_running_server_is_linked_when_it_is_active_and_boots(rig: Rig, raw: Disk) -> None:
-    """A snapshot under way is never linked; once it is active it is, and a server boots from it without a download."""
+def test_a_snapshot_of_a_running_server_is_linked_when_it_is_active_and_boots(
+    rig: Rig, raw: Disk
+) -> None:
+    """A snapshot under way is never linked.
+
+    Once it is active it is, and a server boots from it without a download.
+    """
     image = rig.image("original", raw.path)
     rig.ln_images()
     server = rig.boot(image)
@@ -149,7 +174,11 @@ def test_a_snapshot_of_a_running_server_is_linked_when_it_is_active_and_boots(ri
     while not seen or seen[-1][0] != "active":
         before = rig.cloud.status(snapshot)
         seen.append((before, outcome(rig.ln_images(), snapshot)))
-        assert before == "active" or not rig.entry(snapshot).exists() or rig.cloud.status(snapshot) == "active"
+        assert (
+            before == "active"
+            or not rig.entry(snapshot).exists()
+            or rig.cloud.status(snapshot) == "active"
+        )
     assert seen[-1][1] in ("linked", "present")
     rig.wait(server, "ACTIVE")
     second = rig.boot(snapshot)
@@ -170,7 +199,10 @@ def test_servers_of_fresh_images_beat_no_watching_pass(rig: Rig, raw: Disk) -> N
 
 
 def test_a_download_that_is_under_way_replaces_a_link_made_meanwhile(rig: Rig, slow: Disk) -> None:
-    """Nova renames its own copy over a link that appears while it downloads: that is why such an image waits."""
+    """Nova renames its own copy over a link that appears while it downloads.
+
+    That is why such an image waits.
+    """
     image = rig.image("late", slow.path)
     server = rig.boot(image, wait=False)
     part = rig.entry(image).with_suffix(".part")

@@ -51,10 +51,15 @@ def start_on_both(rig: Rig, nodes: tuple[Node, Node], image: str) -> list[str]:
 
 def intact(rig: Rig, image: str, disk: Disk) -> bool:
     """Whether the cache has the image's content under its name."""
-    return subprocess.run(["cmp", "--silent", rig.entry(image), disk.path], check=False).returncode == 0
+    return (
+        subprocess.run(["cmp", "--silent", rig.entry(image), disk.path], check=False).returncode
+        == 0
+    )
 
 
-def test_two_nodes_that_start_one_linked_image_fetch_nothing(rig: Rig, nodes: tuple[Node, Node], raw: Disk) -> None:
+def test_two_nodes_that_start_one_linked_image_fetch_nothing(
+    rig: Rig, nodes: tuple[Node, Node], raw: Disk
+) -> None:
     """Two nodes that start the same linked image at once both run on the link."""
     image = rig.image("linked", raw.path)
     rig.ln_images()
@@ -73,7 +78,9 @@ def test_with_shared_locks_two_nodes_fetch_an_unlinked_image_once(
     assert intact(rig, image, slow)
 
 
-def test_without_shared_locks_two_nodes_write_one_file(rig: Rig, nodes: tuple[Node, Node], slow: Disk) -> None:
+def test_without_shared_locks_two_nodes_write_one_file(
+    rig: Rig, nodes: tuple[Node, Node], slow: Disk
+) -> None:
     """With locks of their own both nodes download into one ``.part``, and one of them fails or gets a wrong base."""
     image = rig.image("unlinked", slow.path)
     states = start_on_both(rig, nodes, image)

@@ -19,7 +19,9 @@ class Scene:
 
     def __init__(self, rig: Rig, disk: Disk) -> None:
         self.rig, self.disk = rig, disk
-        self.image, self.other, self.unused = (rig.image(name, disk.path) for name in ("used", "other", "unused"))
+        self.image, self.other, self.unused = (
+            rig.image(name, disk.path) for name in ("used", "other", "unused")
+        )
         rig.ln_images()
         self.server = rig.boot(self.image)
 
@@ -73,10 +75,16 @@ def suspend(scene: Scene) -> None:
 
 
 def shelve(scene: Scene) -> None:
-    """Shelved and unshelved: its disk, made from the shelve snapshot, is put back on the base of its image."""
+    """Shelved and unshelved.
+
+    Its disk, made from the shelve snapshot, is put back on the base of its image.
+    """
     scene.act("shelve", "SHELVED_OFFLOADED")
     # By this property the clean-up knows a server's own snapshot.
-    assert scene.rig.cloud.image_api().get(f"/images/{snapshot(scene)}").json()["instance_uuid"] == scene.server
+    assert (
+        scene.rig.cloud.image_api().get(f"/images/{snapshot(scene)}").json()["instance_uuid"]
+        == scene.server
+    )
     assert scene.prune(scene.image, scene.unused) == ["retired", "pruned", "not named"]
     scene.rig.ln_images()
     scene.act("unshelve", "ACTIVE")
@@ -86,7 +94,11 @@ def shelve(scene: Scene) -> None:
 
 def snapshot(scene: Scene) -> str:
     """The image that shelving has made of the server."""
-    found = scene.rig.cloud.image_api().get("/images", params={"image_type": "snapshot"}).json()["images"]
+    found = (
+        scene.rig.cloud.image_api()
+        .get("/images", params={"image_type": "snapshot"})
+        .json()["images"]
+    )
     assert len(found) == 1
     return str(found[0]["id"])
 
@@ -110,7 +122,10 @@ def rescue(scene: Scene) -> None:
 
 
 def rescue_and_reset(scene: Scene) -> None:
-    """Rescued, and then said to be active from outside while it runs from the rescue image: only its disk tells."""
+    """Rescued, and then said to be active from outside while it runs from the rescue image.
+
+    Only its disk tells.
+    """
     scene.act("rescue", "RESCUE", {"rescue_image_ref": scene.other})
     scene.act("os-resetState", "ACTIVE", {"state": "active"})
     scene.prune(scene.image, scene.other, scene.unused)
@@ -141,11 +156,24 @@ def restore(scene: Scene) -> None:
     scene.act("restore", "ACTIVE")
 
 
-DONE = (stop, pause, suspend, shelve, rebuild, rescue, rescue_and_reset, confirm_resize, revert_resize, restore)
+DONE = (
+    stop,
+    pause,
+    suspend,
+    shelve,
+    rebuild,
+    rescue,
+    rescue_and_reset,
+    confirm_resize,
+    revert_resize,
+    restore,
+)
 
 
 @pytest.mark.parametrize("done", DONE, ids=lambda done: done.__name__)
-def test_prune_keeps_what_a_server_needs(rig: Rig, raw: Disk, done: Callable[[Scene], None]) -> None:
+def test_prune_keeps_what_a_server_needs(
+    rig: Rig, raw: Disk, done: Callable[[Scene], None]
+) -> None:
     """With its image deleted meanwhile, a server still runs, and starts again, on what backs its disk."""
     scene = Scene(rig, raw)
     done(scene)
@@ -156,7 +184,10 @@ def test_prune_keeps_what_a_server_needs(rig: Rig, raw: Disk, done: Callable[[Sc
 
 
 def test_what_a_deleted_server_used_is_retired_first_and_then_removed(rig: Rig, raw: Disk) -> None:
-    """When the last server is gone, its base goes: set aside under another name for a while, and then for good."""
+    """When the last server is gone, its base goes.
+
+    Set aside under another name for a while, and then for good.
+    """
     scene = Scene(rig, raw)
     scene.prune(scene.image)
     rig.delete(scene.server)
@@ -170,7 +201,10 @@ def test_what_a_deleted_server_used_is_retired_first_and_then_removed(rig: Rig, 
 
 
 def test_a_running_server_reads_on_in_a_base_that_was_retired_under_it(rig: Rig, raw: Disk) -> None:
-    """A base that is renamed under a running server is still read by it; docs/recovery.md gives it its name back."""
+    """A base that is renamed under a running server is still read by it.
+
+    Docs/recovery.md gives it its name back.
+    """
     scene = Scene(rig, raw)
     entry = rig.entry(scene.image)
     rig.cloud.delete(scene.image)
@@ -184,7 +218,10 @@ def test_a_running_server_reads_on_in_a_base_that_was_retired_under_it(rig: Rig,
 
 @pytest.fixture
 def older(rig: Rig) -> Iterator[None]:
-    """A nova-compute without the fix of LP#1934094, which is one line: the server gets its image's id back."""
+    """A nova-compute without the fix of LP#1934094, which is one line.
+
+    The server gets its image's id back.
+    """
     module = next((NOVA / "lib").glob("python3*/site-packages/nova/compute/manager.py"))
     code, fix = module.read_text(), f"{' ' * 16}instance.image_ref = shelved_image_ref\n"
     assert code.count(fix) == 1
@@ -200,7 +237,10 @@ def older(rig: Rig) -> Iterator[None]:
 
 @pytest.mark.usefixtures("older")
 def test_a_server_whose_first_unshelve_failed_names_a_deleted_snapshot(rig: Rig, raw: Disk) -> None:
-    """LP#1934094: after the second unshelve it names the snapshot, its disk is on the original, and that is kept."""
+    """LP#1934094.
+
+    After the second unshelve it names the snapshot, its disk is on the original, and that is kept.
+    """
     scene = Scene(rig, raw)
     scene.act("shelve", "SHELVED_OFFLOADED")
     shelved = snapshot(scene)

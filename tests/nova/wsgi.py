@@ -1,4 +1,7 @@
-"""What gunicorn serves: Nova's and placement's own WSGI applications. Nova's takes gunicorn's options for its own."""
+"""What gunicorn serves: Nova's and placement's own WSGI applications.
+
+Nova's takes gunicorn's options for its own.
+"""
 
 import importlib
 import sys
