@@ -1,234 +1,310 @@
-"""The command: options, wiring, exit status. The only place that prints or exits."""
+"""The command ``ln-images``: its options, its passes and its exit status."""
 
-import json
 import logging
 import os
-import shutil
 import signal
-import sys
-import time
-import traceback
-from collections.abc import Collection
-from typing import Any, NoReturn
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ln_images import __version__, logs, report
-from ln_images.metrics import Textfile
+from ln_images import logs, loop, report
+from ln_images.console import (
+    MetricsWriter,
+    most_severe,
+    prepare_standard_output,
+    print_report,
+    progress,
+)
+from ln_images.memory import LogOnChange
+from ln_images.metrics import list_link_metrics, removed_links_metric
 from ln_images.model import (
+    DISK_FORMATS,
     AnotherRunError,
-    ConfigurationError,
+    Command,
+    LinkPolicy,
     LnImagesError,
     Outcome,
+    Owner,
     Pass,
+    Reason,
     TemporaryError,
 )
-from ln_images.options import Options, parameters
+from ln_images.options import (
+    CONTEXT_SETTINGS,
+    CommonOptions,
+    DiskFormat,
+    Mode,
+    OwnerType,
+    Seconds,
+    common_options,
+)
+
+if TYPE_CHECKING:
+    from ln_images.session import Connection
+    from ln_images.sync import Sync
 
 LOG = logging.getLogger(__name__)
-# Exit statuses, the least severe first.
-_SEVERITY = (0, 1, 75, 2)
-_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-# A pass over fewer images is over before a progress bar can be read.
-_WORTH_A_BAR = 200
 
 
-class _Command(click.Command):
-    """Where every way out of the command ends: one line of error, and one exit status."""
+def _moved_option(name: str, command: str) -> Callable[[Any], Any]:
+    """Return a decorator for an option of 0.2.0 that names the command that has replaced it."""
 
-    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        logs.to_stderr()
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")
-        try:
-            status = super().main(*args, **kwargs | {"standalone_mode": False})
-        except click.ClickException as error:
-            LOG.error(
-                "%s: see ln-images --help", error.format_message().rstrip(".").replace("\n", " ")
-            )
-            status = error.exit_code
-        except LnImagesError as error:
-            LOG.error("%s", error)
-            status = error.exit_status
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            LOG.error(
-                "a bug, please report it: %r at %s:%s",
-                error,
-                os.path.basename(where.filename),
-                where.lineno,
-            )
-            status = 1
-        sys.exit(status)
+    def refuse(context: click.Context, _: click.Parameter, value: Any) -> None:
+        if value:
+            raise click.UsageError(f"{name} is gone; use the command {command}", context)
+
+    return click.option(
+        name, hidden=True, is_flag=True, expose_value=False, is_eager=True, callback=refuse
+    )
 
 
-@click.command(cls=_Command, params=parameters(), context_settings=_CONTEXT)
-@click.version_option(__version__, prog_name="ln-images")
-def main(**given: Any) -> int:
+@click.command(context_settings=CONTEXT_SETTINGS)
+@click.option(
+    "--owner",
+    metavar="USER[:GROUP]",
+    envvar="LN_IMAGES_OWNER",
+    type=OwnerType(),
+    default="qemu:qemu",
+    show_default=True,
+    help="Owner of the links, by name or number: QEMU's user on the compute nodes.",
+)
+@click.option(
+    "--mode",
+    metavar="OCTAL",
+    envvar="LN_IMAGES_MODE",
+    type=Mode(),
+    default="0644",
+    show_default=True,
+    help="Mode of the links: everybody must be able to read, others must not write.",
+)
+@click.option(
+    "--disk-format",
+    "disk_formats",
+    metavar="NAME",
+    envvar="LN_IMAGES_DISK_FORMAT",
+    type=DiskFormat(),
+    multiple=True,
+    default=DISK_FORMATS,
+    show_default=True,
+    help="Disk formats to link; repeatable.",
+)
+@click.option(
+    "--full",
+    is_flag=True,
+    envvar="LN_IMAGES_FULL",
+    help="Query Glance about every image, not only those that are not linked yet.",
+)
+@click.option(
+    "--every",
+    metavar="SECONDS",
+    envvar="LN_IMAGES_EVERY",
+    type=Seconds(),
+    help="Repeat the pass in one process, and link at once what Glance finishes.",
+)
+@click.option(
+    "--for",
+    "for_seconds",
+    metavar="SECONDS",
+    envvar="LN_IMAGES_FOR",
+    type=Seconds(),
+    help="With --every: end after this time; for cron, which starts a line once a minute.",
+)
+@click.option(
+    "-n",
+    "--dry-run",
+    is_flag=True,
+    envvar="LN_IMAGES_DRY_RUN",
+    help="Report what would be done, and change nothing.",
+)
+@_moved_option("--prune", "ln-images-prune")
+@_moved_option("--prune-after", "ln-images-prune")
+@_moved_option("--prune-unmarked", "ln-images-prune")
+@_moved_option("--instances-dir", "ln-images-prune")
+@_moved_option("--verify", "ln-images-verify")
+@common_options("LN_IMAGES")
+@click.pass_context
+def main(
+    context: click.Context,
+    *,
+    common: CommonOptions,
+    owner: Owner,
+    mode: int,
+    disk_formats: Sequence[str],
+    full: bool,
+    every: float | None,
+    for_seconds: float | None,
+    dry_run: bool,
+) -> None:
     """Hard-link finished Glance images into Nova's shared image cache.
 
     Credentials come from OS_* variables, as in an openrc, or from clouds.yaml. Every option can
     also be given as LN_IMAGES_<OPTION> in the environment.
     """
-    options = Options(**given)
-    status = logs.set_up(options.log_file, options.verbose, options.quiet)
-    if options.for_seconds is not None and options.every is None:
+    prepare_standard_output()
+    status = logs.set_up("ln-images", common.log_file, common.verbose, common.quiet)
+    if for_seconds is not None and every is None:
         raise click.UsageError("--for needs --every")
-    if options.prune_unmarked and not options.prune:
-        raise click.UsageError("--prune-unmarked needs --prune")
-    run = _Run(options, status)
-    if options.every is None:
-        run.make(None)
-        return run.status
-    from ln_images.watch import repeat
+    if os.environ.get("LN_IMAGES_PRUNE"):
+        LOG.warning("LN_IMAGES_PRUNE has no effect; use the command ln-images-prune")
+    # What a pass needs is imported only now, so that --help is quick.
+    from ln_images.sync import SyncOptions
 
-    # A service is sent it when its log was rotated or its settings were changed, and goes on.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    repeat(options.images_dir, options.every, options.for_seconds, run.make)
-    if run.turned_away is not None:
-        raise run.turned_away
-    return run.status
+    options = SyncOptions(
+        images_dir=common.images_dir,
+        cache_dir=common.cache_dir,
+        policy=LinkPolicy(owner=owner, mode=mode, disk_formats=disk_formats),
+        dry_run=dry_run,
+        query_all=full,
+        list_in_flight=not common.quiet and every is None,
+        repeats=every is not None,
+        lock_wait=every or 0,
+    )
+    passes = _Passes(common, options, status)
+    if every is None:
+        passes.run_once()
+    else:
+        # A service gets SIGHUP when its log was rotated or its settings were changed, and goes on.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        loop.repeat(common.images_dir, every, for_seconds, passes.run_full, passes.run_partial)
+        passes.raise_if_always_locked_out()
+    context.exit(passes.status)
 
 
-class _Run:
-    """The passes of one process, and what is said of them.
+class _Passes:
+    """The passes of one process, with their reports, metrics and exit status.
 
     ``status`` is the most severe of their exit statuses.
-
-    ``turned_away`` is why there was no pass so far, where another run held the lock.
     """
 
-    def __init__(self, options: Options, status: int) -> None:
-        self._options = options
+    def __init__(self, common: CommonOptions, options: Any, status: int) -> None:
         self.status = status
-        self.turned_away: AnotherRunError | None = None
-        self._has_passed = False
-        self._fault = self._metrics_fault = ""
-        self._passes: Any = None
-        self._textfile: Textfile | None = None
-        if options.metrics_file and not options.dry_run:
-            self._textfile = Textfile(options.metrics_file, options.prune)
+        self._common = common
+        self._options = options
+        self._connection: Connection | None = None
+        self._sync: Sync | None = None
+        self._metrics = MetricsWriter(common, Command.LINK, options.dry_run)
+        self._last_full: Pass | None = None
+        self._counts: Counter[str] = Counter()
+        self._was_refused = False
+        self._locked_out: AnotherRunError | None = None
+        self._error_log = LogOnChange(LOG, logging.ERROR)
 
-    def make(self, ids: Collection[str] | None) -> Collection[str] | None:
-        """Makes a whole pass, or one for some ``ids``.
-
-        The ids that are not finished, or None where there was none.
-
-        A repeated one waits for a cloud that goes away, and for another run. Raises LnImagesError
-        otherwise.
-        """
+    def run_once(self) -> None:
+        """Run one full pass. Raise LnImagesError if it is not possible."""
         try:
-            pass_ = self._pass(ids)
-        except AnotherRunError as error:
+            pass_ = self._open().full_pass()
+        except AnotherRunError:
             # The metrics are those of the run at work.
-            if self._options.every is None:
-                raise
-            self.turned_away = None if self._has_passed else error
-            return None
+            raise
         except LnImagesError as error:
-            self._note(error.exit_status)
-            if ids is None:
-                self._measure(None, error.exit_status)
-            if self._options.every is None or not isinstance(error, TemporaryError):
-                raise
-            self._tell(str(error))
-            return None
-        self._has_passed, self.turned_away = True, None
-        if not pass_.narrow:
-            # A pass for some images cannot tell whether a clean-up would work again.
-            self._tell("" if pass_.fault is None else str(pass_.fault))
+            self._metrics.write(error.exit_code, None, [removed_links_metric(0)])
+            raise
         self._report(pass_)
-        waiting = {
-            result.image.id for result in pass_.results if result.verdict.outcome is Outcome.WAITING
-        }
-        # An image whose file is there and which Glance does not list is about to be.
-        return waiting.union(set(ids or ()).difference(result.image.id for result in pass_.results))
 
-    def _pass(self, ids: Collection[str] | None) -> Pass:
-        # What a pass needs is imported when it is known that there is one: --help is quick.
-        from ln_images.keystone import connect
-        from ln_images.run import Passes
+    def run_full(self) -> loop.Attempt:
+        """Run a full pass of a process that repeats them, whatever temporary errors there are."""
+        return self._attempt(lambda: self._open().full_pass(), is_full=True)
 
-        options = self._options
+    def run_partial(self, image_ids: Collection[str]) -> loop.Attempt:
+        """Run a pass over some images of a process that repeats passes."""
+        return self._attempt(lambda: self._open().partial_pass(image_ids), is_full=False)
+
+    def raise_if_always_locked_out(self) -> None:
+        """Raise AnotherRunError if another run held the lock all the time."""
+        if self._locked_out is not None and self._last_full is None:
+            raise self._locked_out
+
+    def _open(self) -> "Sync":
+        """Return what makes the passes. Raise ConfigurationError if the credentials lack anything."""
+        if self._sync is None:
+            from ln_images.glance import Glance
+            from ln_images.session import connect
+            from ln_images.sync import Sync
+
+            self._connection = connect(os.environ, self._common.timeout, self._common.os_cloud)
+            glance = Glance(self._connection, self._common.admin_role)
+            self._sync = Sync(self._options, glance, progress)
+        return self._sync
+
+    def _attempt(self, run: Callable[[], Pass], is_full: bool) -> loop.Attempt:
+        """Run a pass, and wait for better times if an error is temporary. Raise other errors."""
         try:
-            if self._passes is None:
-                self._passes = Passes(
-                    options, connect(os.environ, options.timeout, options.os_cloud), _progress
-                )
-            return self._passes.whole() if ids is None else self._passes.narrow(ids)  # type: ignore[no-any-return]
-        except OSError as error:
-            # What belongs to one image or one entry is its outcome: this is the directory's.
-            where = error.filename or options.cache_dir
-            raise TemporaryError(
-                f"{where}: {error.strerror}: look at its file system in the kernel's log"
-            ) from None
+            pass_ = run()
+        except AnotherRunError as error:
+            self._locked_out = error
+            return loop.Attempt(was_possible=False)
+        except LnImagesError as error:
+            self.status = most_severe(self.status, error.exit_code)
+            if is_full:
+                self._metrics.write(error.exit_code, None, [removed_links_metric(0)])
+            if not self._may_pass_later(error):
+                raise
+            self._error_log.log(error.message)
+            return loop.Attempt(was_possible=False)
+        self._was_refused = False
+        self._error_log.log(None)
+        self._report(pass_)
+        return loop.Attempt(was_possible=True, unfinished=_list_unfinished(pass_))
 
-    def _tell(self, fault: str) -> None:
-        """Says what keeps passes from being made once when it begins, and once when it has ended."""
-        if fault and fault != self._fault:
-            LOG.error("%s", fault)
-        elif self._fault and not fault:
-            LOG.info("it is over: %s", self._fault)
-        self._fault = fault
+    def _may_pass_later(self, error: LnImagesError) -> bool:
+        """Return whether to go on after an error.
 
-    def _note(self, status: int) -> int:
-        self.status = max(self.status, status, key=_SEVERITY.index)
-        return status
+        A token can be revoked while it is in use, so the first refusal after a good pass is
+        followed by a try with a new token.
+        """
+        from ln_images.session import RefusedCredentialsError
+
+        if isinstance(error, TemporaryError):
+            return True
+        is_first_refusal = isinstance(error, RefusedCredentialsError) and not self._was_refused
+        if is_first_refusal and self._last_full is not None and self._connection is not None:
+            self._was_refused = True
+            self._connection.forget_token()
+            return True
+        return False
 
     def _report(self, pass_: Pass) -> None:
-        """What is printed and measured of a pass.
-
-        Of a narrow one only where it changed something.
-        """
-        status = self._note(report.exit_status(pass_))
+        """Print a pass and write its metrics; for a partial one only if it changed something."""
+        status = report.exit_status(pass_)
         is_news = report.is_news(pass_)
-        if is_news or not (pass_.narrow or self._options.quiet):
-            _print_report(pass_, status, self._options)
-        if is_news or not pass_.narrow:
-            self._measure(pass_, status)
+        if is_news or not (pass_.partial or self._common.quiet):
+            everything = self._common.verbose or self._options.query_all
+            print_report(pass_, status, self._common, everything)
+        if is_news or not pass_.partial:
+            status = self._write_metrics(pass_, status)
+        self.status = most_severe(self.status, status)
 
-    def _measure(self, pass_: Pass | None, status: int) -> None:
-        """Writes the metrics.
-
-        A file that cannot be written takes nothing from the pass, and is told once.
-        """
-        try:
-            if self._textfile is not None:
-                self._textfile.write(pass_, status, time.time())
-        except ConfigurationError as error:
-            self._note(error.exit_status)
-            if str(error) != self._metrics_fault:
-                LOG.error("%s", error)
-            self._metrics_fault = str(error)
-
-
-def _progress(label: str, total: int) -> Any:
-    """A progress bar on standard error for a long way, where somebody sits before it."""
-    hidden = total < _WORTH_A_BAR or not (sys.stderr and sys.stderr.isatty())
-    return click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden)
+    def _write_metrics(self, pass_: Pass, status: int) -> int:
+        counts = report.counts(pass_)
+        if not pass_.partial:
+            self._last_full = pass_
+            self._counts = Counter()
+        self._counts.update({outcome.value: count for outcome, count in counts.items()})
+        if self._last_full is None:
+            return status
+        removed = [
+            result for result in pass_.results if result.verdict.reason is Reason.LINK_WAS_REMOVED
+        ]
+        metrics = [
+            *list_link_metrics(self._last_full, self._counts),
+            removed_links_metric(len(removed)),
+        ]
+        return self._metrics.write(status, pass_.duration, metrics)
 
 
-def _print_report(pass_: Pass, status: int, options: Options) -> None:
-    """The report on standard output.
+def _list_unfinished(pass_: Pass) -> set[str]:
+    """Return the ids of images that may be finished soon.
 
-    Under ``--quiet`` only JSON. One that cannot be written takes nothing away.
+    A file that Glance does not know may belong to an image that its database has not yet.
     """
-    everything = options.verbose or options.full
-    try:
-        if options.format == "json":
-            click.echo(json.dumps(report.document(pass_, status, everything)))
-        elif not options.quiet:
-            terminal = sys.stdout is not None and sys.stdout.isatty()
-            width = shutil.get_terminal_size().columns if terminal else None
-            colour = terminal and not os.environ.get("NO_COLOR")
-            lines = [
-                report.table(report.listed(pass_, everything), width, everything, colour),
-                report.summary(pass_),
-            ]
-            click.echo("\n".join(line for line in lines if line), color=colour)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        LOG.error("the report cannot be written: %s", error.strerror)
-        # What is left in the buffer would fail once more when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return {
+        result.id
+        for result in pass_.results
+        if result.id is not None
+        and (
+            result.verdict.outcome is Outcome.WAITING
+            or result.verdict.reason is Reason.UNKNOWN_TO_GLANCE
+        )
+    }

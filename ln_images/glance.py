@@ -1,177 +1,178 @@
-"""Session -> images."""
+"""Query Glance for images, with python-glanceclient."""
 
-import contextlib
 import functools
 import logging
-import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glanceclient.v2.images import Controller
-from keystoneauth1.adapter import Adapter
-from keystoneauth1.exceptions import NotFound
+import glanceclient
+import glanceclient.exc
 
-from ln_images.keystone import Connection
-from ln_images.model import ConfigurationError, Image, TemporaryError
-from ln_images.plan import IN_FLIGHT, is_image_id
+from ln_images.model import (
+    IN_FLIGHT,
+    AnswerTooLargeError,
+    Checksum,
+    Image,
+    TemporaryError,
+)
+from ln_images.session import Connection
 
 LOG = logging.getLogger(__name__)
 
+# Glance's own maximum (glance.conf, api_limit_max).
 PAGE_SIZE = 1000
 # About 2 KB of a request line, for which every server and proxy has room.
-IDS_A_REQUEST = 50
-# The property without which Nova verifies nothing (nova.image.glance, cursive.signature_utils).
+IDS_PER_REQUEST = 50
+# Nova verifies an image only if it has this property (nova.image.glance, cursive.signature_utils).
 _SIGNATURE = "img_signature"
-# The property in which Nova keeps the server that it took a snapshot of
-# (nova.compute.utils.create_image).
-_SERVER = "instance_uuid"
 
 
 class Glance:
-    """The image service of a ``connection``."""
+    """The image service of a connection.
 
-    def __init__(self, connection: Connection) -> None:
+    Each method raises ConfigurationError if the credential is refused or there is no image
+    service, and TemporaryError if the cloud cannot be reached or answers badly. A listing is
+    complete, or it raises.
+    """
+
+    def __init__(self, connection: Connection, admin_role: str) -> None:
         self.connection = connection
+        self._admin_role = admin_role
 
-    def images(self, ids: Sequence[str] | None = None) -> dict[str, Image]:
-        """Every image that the credential can see, by its id, or those of ``ids`` and those in flight; always whole.
+    def list_all(self) -> dict[str, Image]:
+        """Return every image that the credential can see, by its id.
 
-        A page that fails raises: ConfigurationError where the credential is refused or there is no image
-        service, TemporaryError where the cloud cannot be reached or answers badly.
+        Without ``visibility=all`` Glance leaves out other projects' community images. It lists
+        hidden images only if it is asked for them alone.
         """
-        if ids is not None:
-            return self._listed(status=f"in:{','.join(sorted(IN_FLIGHT))}") | self.images_of(ids)
-        # Without visibility=all, other projects' community images are left out, and hidden ones are
-        # only ever listed by themselves.
-        return self._listed() | self._listed(os_hidden="true")
+        return self._list() | self._list(os_hidden="true")
 
-    def images_of(self, ids: Sequence[str]) -> dict[str, Image]:
-        """Those of ``ids`` that the credential can see. Raises as :meth:`images` does."""
-        found: dict[str, Image] = {}
-        for start in range(0, len(ids), IDS_A_REQUEST):
-            group = ids[start : start + IDS_A_REQUEST]
-            found |= self._listed(id=f"in:{','.join(group)}")
-            hidden = [image_id for image_id in group if image_id not in found]
+    def list_in_flight(self) -> dict[str, Image]:
+        """Return the images whose data is not complete yet, by id."""
+        return self._list(status=f"in:{','.join(sorted(IN_FLIGHT))}")
+
+    def list_ids(self, ids: Sequence[str]) -> dict[str, Image]:
+        """Return those images among ``ids`` that the credential can see, by id."""
+        images: dict[str, Image] = {}
+        for start in range(0, len(ids), IDS_PER_REQUEST):
+            group = ids[start : start + IDS_PER_REQUEST]
+            images |= self._list(id=f"in:{','.join(group)}")
+            hidden = [image_id for image_id in group if image_id not in images]
             if hidden:
-                found |= self._listed(id=f"in:{','.join(hidden)}", os_hidden="true")
-        return found
+                images |= self._list(id=f"in:{','.join(hidden)}", os_hidden="true")
+        return images
 
     def has_active(self) -> bool:
-        """Whether the credential can see an active image with content.
+        """Return whether the credential can see an active image that has data."""
+        filters = {"status": "active", "size_min": "1"}
+        return bool(self._first(**filters) or self._first(**filters, os_hidden="true"))
 
-        Raises as :meth:`images` does.
+    def has_image(self, image_id: str) -> bool:
+        """Return whether Glance, queried for this one image, has it.
+
+        A 404 alone does not prove that it is gone: a credential without the admin role sees less,
+        and a broken gateway answers 404 as well.
         """
-        query = {"status": "active", "size_min": "1"}
-        return bool(self._listed(1, **query) or self._listed(1, **query, os_hidden="true"))
-
-    def is_gone(self, image_id: str) -> bool:
-        """Whether Glance, asked for one image by itself, says that there is none.
-
-        That alone is no proof: to others than an administrator 404 means less, and a gateway that
-        is ill says it, too. Raises as :meth:`images` does.
-        """
-        images = self._images
-        with (
-            self.connection.asking("Glance") as images.http_client.begin,
-            contextlib.suppress(NotFound),
-        ):
-            images.get(image_id)
-            return False
+        with self.connection.querying("Glance"):
+            try:
+                self._images.get(image_id)
+            except glanceclient.exc.HTTPNotFound:
+                return False
         return True
 
-    def _listed(self, at_most: int | None = None, **filters: str) -> dict[str, Image]:
-        images = self._images
-        found: dict[str, Image] = {}
-        with self.connection.asking("Glance") as images.http_client.begin:
-            query = {"visibility": "all"} | filters
-            for document in images.list(
-                page_size=at_most or PAGE_SIZE, limit=at_most, filters=query
-            ):
-                image = image_of(document)
-                if image.id in found:
-                    raise TemporaryError(
-                        f"Glance lists image {image.id} twice in one listing: its paging is broken"
-                    )
-                found[image.id] = image
-        return found
+    def _list(self, **filters: str) -> dict[str, Image]:
+        """Return a whole listing, page by page.
+
+        A tenant can give images so many properties that a full page exceeds the size that we read.
+        So a page that is too large is requested again with half as many images, down to one.
+        """
+        images: dict[str, Image] = {}
+        page_size = PAGE_SIZE
+        marker: str | None = None
+        with self.connection.querying("Glance"):
+            while True:
+                try:
+                    for document in self._request(page_size, marker, filters):
+                        image = image_of(document)
+                        _add(images, image)
+                        marker = image.id
+                    return images
+                except AnswerTooLargeError:
+                    if page_size == 1:
+                        raise
+                    page_size //= 2
+
+    def _first(self, **filters: str) -> bool:
+        with self.connection.querying("Glance"):
+            return any(True for _ in self._request(1, None, filters, limit=1))
+
+    def _request(
+        self,
+        page_size: int,
+        marker: str | None,
+        filters: Mapping[str, str],
+        limit: int | None = None,
+    ) -> Any:
+        """Return glanceclient's generator of image documents, which requests page after page."""
+        arguments: dict[str, Any] = {"page_size": page_size}
+        if marker is not None:
+            arguments["marker"] = marker
+        if limit is not None:
+            arguments["limit"] = limit
+        # glanceclient changes the dict that it gets.
+        return self._images.list(filters={"visibility": "all", **filters}, **arguments)
 
     @functools.cached_property
     def _images(self) -> Any:
-        """Glanceclient's images, behind a look at each page."""
-        connection = self.connection
-        with connection.asking("Keystone"):
-            endpoint = connection.session.get_endpoint(
-                service_type="image", region_name=connection.region, interface=connection.interface
+        """Glanceclient's images. It requests their schema once for each process."""
+        endpoint = self.connection.endpoint("image")
+        if not self.connection.has_role(self._admin_role):
+            # An error, so that -q does not hide it: the tool may do nothing for months.
+            LOG.error(
+                "the credential does not have the role %s, so Glance hides other projects' private"
+                " images; use another credential, or name the role with --admin-role",
+                self._admin_role,
             )
-        if endpoint is None:
-            raise ConfigurationError(
-                "the token names no image service: check OS_PROJECT_NAME and OS_REGION_NAME"
-            )
-        if not connection.is_administrator():
-            LOG.warning(
-                "the credential has no admin role: other projects' private images are not seen"
-            )
-        # glanceclient asks for /v2/..., also where the catalog's endpoint ends in a version
-        # already.
-        unversioned = re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint)
-        return _Images(_Pages(Adapter(connection.session, endpoint_override=unversioned)), None)
+        client = glanceclient.Client(
+            "2", session=self.connection.session, endpoint_override=endpoint
+        )
+        return client.images
 
 
-class _Images(Controller):  # type: ignore[misc]
-    """Images as Glance has them: whatever they have, no schema is asked for."""
-
-    unvalidated_model = dict
-
-
-class _Pages:
-    """Each page has its own time.
-
-    One that is no list of images, or brings nothing but a next one, is broken.
-    """
-
-    begin: Callable[[], None]
-
-    def __init__(self, glance: Adapter) -> None:
-        self._glance = glance
-
-    def get(self, url: str, **_: Any) -> tuple[Any, Any]:
-        """The answer to a question, and what it says."""
-        self.begin()
-        answer = self._glance.get(url)
-        body = answer.json() if "json" in answer.headers.get("Content-Type", "") else None
-        if url.startswith("/v2/images?"):
-            if not isinstance(body, dict) or not isinstance(body.get("images"), list):
-                raise TemporaryError(
-                    "Glance answers with something that is no list of images: look at its log"
-                )
-            if body.get("next") and not body["images"]:
-                raise TemporaryError(
-                    "Glance lists a page that brings nothing: its paging is broken"
-                )
-        return answer, body
+def _add(images: dict[str, Image], image: Image) -> None:
+    """Add an image to a listing. Raises TemporaryError if another of the same id is in it."""
+    if images.get(image.id, image) != image:
+        raise TemporaryError(
+            f"Glance lists image {image.id} twice, with different fields, in one listing;"
+            " check its database and what is in front of it"
+        )
+    images[image.id] = image
 
 
 def image_of(document: Mapping[str, Any]) -> Image:
-    """The image in one of Glance's JSON documents.
+    """Return the image in one of Glance's JSON documents.
 
-    A field that is missing or of another type than Glance's API has counts as empty, so that the
-    image is reported and never linked. Raises TemporaryError where there is not even an id.
+    A field that is missing, or whose type is not that of Glance's API, is None. So such an image
+    is reported and never linked. Raises TemporaryError if there is no id.
     """
-    text = defaultdict(
-        str, {field: value for field, value in document.items() if isinstance(value, str)}
-    )
+
+    def text(field: str) -> str | None:
+        value = document.get(field)
+        return value if isinstance(value, str) and value else None
+
+    image_id = text("id")
+    if image_id is None:
+        raise TemporaryError("Glance lists an image without an id; check its log")
     size = document.get("size")
-    if "id" not in text:
-        raise TemporaryError("Glance lists an image without an id: it answers badly")
+    algorithm, digest = text("os_hash_algo"), text("os_hash_value")
     return Image(
-        id=text["id"],
-        name=text["name"],
-        status=text["status"],
-        disk_format=text["disk_format"],
+        id=image_id,
+        name=text("name"),
+        status=text("status"),
+        disk_format=text("disk_format"),
+        container_format=text("container_format"),
         size=size if type(size) is int and size >= 0 else None,
-        importing_to=text["os_glance_importing_to_stores"],
-        checksum=(text["os_hash_algo"], text["os_hash_value"]),
+        importing_to=text("os_glance_importing_to_stores"),
+        checksum=Checksum(algorithm, digest) if algorithm and digest else None,
         signed=_SIGNATURE in document,
-        server=text[_SERVER] if is_image_id(text[_SERVER]) else "",
     )

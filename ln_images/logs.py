@@ -1,10 +1,13 @@
 """Where log lines go: standard error, and the log file."""
 
 import contextlib
+import errno
 import logging
 import logging.handlers
 import os
+import stat
 import sys
+from types import TracebackType
 from typing import Any
 
 from ln_images.model import ConfigurationError
@@ -13,47 +16,40 @@ from ln_images.report import printable
 _OURS = logging.getLogger("ln_images")
 LOG = logging.getLogger(__name__)
 
+# What a user of the log file alone wants to read has this attribute: it is in the report as well,
+# or each run of cron repeats it.
+_FILE_ONLY = "file_only"
 
-def to_stderr() -> None:
-    """Sends warnings and errors to standard error.
 
-    What other libraries log and warn of goes nowhere.
+def set_up(program: str, log_file: str | None, verbose: bool, quiet: bool) -> int:
+    """Log warnings and errors to standard error, and everything that changes to ``log_file``.
+
+    Return 2 if the file cannot be opened now, and 0 otherwise. Raises ConfigurationError if it can
+    never be opened. An unexpected exception becomes one line on standard error; its traceback goes
+    to the file and, with ``verbose``, to standard error.
     """
     # A standard error that cannot be written is no reason for a traceback, nor to stop linking.
     logging.raiseExceptions = False
     logging.captureWarnings(True)
+    # What other libraries log goes nowhere.
     logging.getLogger().handlers[:] = [logging.NullHandler()]
     _OURS.propagate = False
     _OURS.setLevel(logging.DEBUG)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("ln-images: %(prefix)s%(message)s"))
-    handler.setLevel(logging.WARNING)
-    # What stands in the report, or is repeated by each run of cron, is for the file.
-    handler.addFilter(lambda record: not hasattr(record, "file_only"))
-    _OURS.handlers[:] = [handler]
-
-
-def set_up(log_file: str | None, verbose: bool, quiet: bool) -> int:
-    """Says more or less on standard error, and everything that changes in ``log_file``.
-
-    Returns 2 where the file cannot be opened now, and 0 otherwise. Raises ConfigurationError where
-    it never can.
-    """
-    if verbose or quiet:
-        _OURS.handlers[0].setLevel(logging.ERROR if quiet else logging.DEBUG)
+    _OURS.handlers[:] = [_standard_error(program, verbose, quiet)]
+    sys.excepthook = _log_bug
     if log_file is None:
         return 0
     try:
-        handler = _File(
+        handler = _LogFile(
             log_file, maxBytes=2**20, backupCount=5, encoding="utf-8", errors="backslashreplace"
         )
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ConfigurationError(
-            f"--log-file {log_file}: {error.strerror}: name a file in a directory that exists"
+            f"--log-file {log_file}: {error.strerror}; name a file in a directory that exists"
         ) from None
     except OSError as error:
-        LOG.error("--log-file %s: %s: nothing is logged there", log_file, error.strerror)
-        return ConfigurationError.exit_status
+        LOG.error("--log-file %s: %s; nothing is logged there", log_file, error.strerror)
+        return ConfigurationError.exit_code
     # It was opened to see that it can be.
     handler.close()
     handler.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -62,22 +58,61 @@ def set_up(log_file: str | None, verbose: bool, quiet: bool) -> int:
     return 0
 
 
+def _standard_error(program: str, verbose: bool, quiet: bool) -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine(f"{program}: %(prefix)s%(message)s", with_traceback=verbose))
+    handler.setLevel(logging.WARNING)
+    if verbose:
+        handler.setLevel(logging.DEBUG)
+    if quiet:
+        handler.setLevel(logging.ERROR)
+    handler.addFilter(lambda record: not hasattr(record, _FILE_ONLY))
+    return handler
+
+
+def _log_bug(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Log an exception that nothing expected; Python ends the process with status 1 then."""
+    LOG.error(
+        "a bug: unexpected %s; report it with the traceback that the log file has and -v prints",
+        kind.__name__,
+        exc_info=(kind, error, traceback),
+    )
+
+
 class _OneLine(logging.Formatter):
-    """Escapes what comes from images and files, so that no line of it can pass for another."""
+    """Escapes what comes from images and files, so that no line of it can pass for another.
 
-    def format(self, record: logging.LogRecord) -> str:
-        named = record.levelno not in (logging.INFO, logging.ERROR)
-        record.prefix = f"{record.levelname.lower()}: " if named else ""
-        return printable(super().format(record))
-
-
-class _File(logging.handlers.RotatingFileHandler):
-    """For root alone, since it has the names of private images.
-
-    A fault of it is told once, on standard error.
+    A traceback follows on lines of its own, each indented.
     """
 
-    told = False
+    def __init__(self, text: str, with_traceback: bool = True) -> None:
+        super().__init__(text)
+        self._with_traceback = with_traceback
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record, and its traceback."""
+        is_plain = record.levelno in (logging.INFO, logging.ERROR)
+        record.prefix = "" if is_plain else f"{record.levelname.lower()}: "
+        record.message = record.getMessage()
+        if self.usesTime():
+            record.asctime = self.formatTime(record)
+        lines = [printable(self.formatMessage(record))]
+        if record.exc_info and self._with_traceback:
+            traceback = self.formatException(record.exc_info).splitlines()
+            lines += [f"    {printable(line)}" for line in traceback]
+        return "\n".join(lines)
+
+
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """A log file for root alone, because it has the names of private images.
+
+    It is opened anew for each line, since another run, or logrotate, may rename it. A failure is
+    reported once, on standard error.
+    """
+
+    _has_failed = False
 
     def _open(self) -> Any:
         return open(
@@ -85,22 +120,27 @@ class _File(logging.handlers.RotatingFileHandler):
             self.mode,
             encoding=self.encoding,
             errors=self.errors,
-            opener=_private,
+            opener=_open_private,
         )
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Opened anew for each line: another run, or logrotate, may give the file another name.
+        """Write one record, and close the file."""
         super().emit(record)
         with contextlib.suppress(OSError):
             self.close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802
-        if not self.told:
-            self.told = True
-            LOG.error(
-                "--log-file %s: %s: nothing is logged there", self.baseFilename, sys.exc_info()[1]
-            )
+        """Report the first failure."""
+        if not self._has_failed:
+            self._has_failed = True
+            error = sys.exc_info()[1]
+            LOG.error("--log-file %s: %s; nothing is logged there", self.baseFilename, error)
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def _open_private(path: str, flags: int) -> int:
+    """Open a regular file with mode 0600. Raises OSError, without waiting for a FIFO's reader."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o600)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return descriptor

@@ -1,130 +1,202 @@
-"""What a monitoring system is told: a textfile for node_exporter's textfile collector."""
+"""A textfile with metrics, for node_exporter's textfile collector."""
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ln_images import __version__, report
-from ln_images.model import CHANGES, ConfigurationError, Outcome, Pass
-from ln_images.plan import RAW_COPY
+from ln_images.model import (
+    OUTCOMES,
+    Command,
+    ConfigurationError,
+    Owner,
+    Pass,
+    Reason,
+    Reclaimable,
+)
 
 _PREFIX = "ln_images_"
-# What only runs with --prune or --verify know: every other run leaves it alone.
-_OF_OTHER_RUNS = ("prune_", "verify_")
-_KEPT = "Of the last pass with --prune, or with --verify."
-_CLEAN_UP = (Outcome.RESTORED, Outcome.RETIRED, Outcome.PRUNED, Outcome.KEPT)
+
+
+class Metric(NamedTuple):
+    """One value with its labels. ``name`` is without the common beginning ``ln_images_``.
+
+    A metric whose name ends in ``_total`` is a counter: ``value`` is added to what the file has.
+    """
+
+    name: str
+    description: str
+    value: float
+    labels: Mapping[str, str]
 
 
 class Textfile:
-    """The file at ``path``. Raises ConfigurationError where prometheus-client is missing."""
+    """The metrics file of one command and one cache.
 
-    def __init__(self, path: str, prune: bool) -> None:
+    Every metric has the label ``cache_dir``. Those that several commands write have the label
+    ``command`` as well: node_exporter rejects files that have the same series.
+    """
+
+    def __init__(self, path: str, command: Command, cache_dir: str) -> None:
+        """Raise ConfigurationError if prometheus-client is missing."""
         try:
             import prometheus_client.parser
         except ImportError:
             raise ConfigurationError(
-                "--metrics-file needs prometheus-client: pip install 'ln-images[metrics]'"
+                "--metrics-file needs prometheus-client; run pip install 'ln-images[metrics]'"
             ) from None
-        self._path, self._prune = path, prune
         self._client = prometheus_client
-        self._gauges: dict[str, Any] = {}
+        self._path = path
+        self._command = command
+        self._cache_dir = cache_dir
 
-    def write(self, pass_: Pass | None, status: int, now: float) -> None:
-        """Tells of a pass that ended with exit ``status`` at ``now``, in seconds since the epoch.
-
-        ``pass_`` is None where it could not be made. Of a narrow one, what it changed is added to
-        the last whole one's. The time of the last success is kept across passes that could not be
-        made, and is 0 where there never was one. Raises ConfigurationError where the file cannot be
-        written.
-        """
-        if pass_ is not None and pass_.narrow:
-            if "images" in self._gauges:
-                for outcome in CHANGES:
-                    self._gauges["images"].labels(outcome.value).inc(report.counts(pass_)[outcome])
-                self._save()
-            return
-        before = self._read()
-        self._registry, self._gauges = self._client.CollectorRegistry(), {}
-        self._set("build_info", "Version of ln-images.", 1, version=__version__)
-        self._set_times("", "the last pass", status, now, before)
-        if self._prune:
-            self._set_times("prune_", "the last pass with --prune", status, now, before)
-        if pass_ is not None:
-            self._set_pass(pass_, now)
-        for name, value in before.items():
-            if name.startswith(_OF_OTHER_RUNS) and name not in self._gauges:
-                self._set(name, _KEPT, value)
-        self._save()
-
-    def _set(self, name: str, text: str, value: float, **labels: str) -> None:
-        if name not in self._gauges:
-            self._gauges[name] = self._client.Gauge(
-                _PREFIX + name, text, labels, registry=self._registry
-            )
-        gauge = self._gauges[name]
-        (gauge.labels(**labels) if labels else gauge).set(value)
-
-    def _set_times(
-        self, prefix: str, what: str, status: int, now: float, before: Mapping[str, float]
+    def write(
+        self, exit_status: int, now: float, duration: float | None, metrics: Iterable[Metric]
     ) -> None:
-        success = f"{prefix}last_success_timestamp_seconds"
-        since = now if status == 0 else before.get(success, 0)
-        self._set(f"{prefix}exit_status", f"Exit status of {what}.", status)
-        self._set(f"{prefix}last_pass_timestamp_seconds", f"When {what} ended.", now)
-        self._set(success, f"When {what} ended whose exit status was 0, or 0.", since)
+        """Replace the file after a pass that ended at ``now``, in seconds since the epoch.
 
-    def _set_pass(self, pass_: Pass, now: float) -> None:
-        found, unknown = report.counts(pass_), report.unknown(pass_)
-        for outcome in Outcome:
-            self._set("images", "Images by outcome.", found[outcome], outcome=outcome.value)
-        for kind, (count, size) in pass_.held.items():
-            self._set("held", "Bases in the cache that no image stands behind.", count, kind=kind)
-            self._set("held_bytes", "Bytes that such bases hold.", size, kind=kind)
-        self._set("unknown_files", "Files in the store that Glance does not know.", len(unknown))
-        self._set(
-            "unknown_bytes",
-            "Bytes of the files in the store that Glance does not know.",
-            sum(unknown),
-        )
-        raw = sum(result.verdict == RAW_COPY for result in pass_.results)
-        self._set("occupied_raw", "Images whose name Nova's raw copy has.", raw)
-        self._set("pass_duration_seconds", "How long the last pass took.", pass_.duration)
-        size, free, free_inodes = pass_.room
-        self._set("cache_size_bytes", "Size of the cache's file system.", size)
-        self._set("cache_free_bytes", "Bytes free on the cache's file system.", free)
-        self._set("cache_free_inodes", "Inodes free on the cache's file system.", free_inodes)
-        self._set("cache_directory_uid", "Owner of the cache directory.", pass_.directory[0])
-        self._set("cache_directory_gid", "Group of the cache directory.", pass_.directory[1])
-        if self._prune:
-            for outcome in _CLEAN_UP:
-                self._set(f"prune_{outcome}", _KEPT, found[outcome])
-        if pass_.audit is not None:
-            self._set("verify_last_pass_timestamp_seconds", _KEPT, now)
-            self._set("verify_images", _KEPT, pass_.audit.images)
-            self._set("verify_without_checksum", _KEPT, pass_.audit.unverified)
-            self._set("verify_damaged", _KEPT, found[Outcome.DAMAGED])
+        ``duration`` is None and ``metrics`` has counters only if the pass was not possible. The
+        time of the last success and the counters are kept from the file as it is. Raises
+        ConfigurationError if the file cannot be written.
+        """
+        before = self._read()
+        last_success = before.get(f"{_PREFIX}last_success_timestamp_seconds", 0.0)
+        if exit_status == 0:
+            last_success = now
+        own = [
+            self._of_command("exit_status", "Exit status of the last pass.", exit_status),
+            self._of_command("last_pass_timestamp_seconds", "When the last pass ended.", now),
+            self._of_command(
+                "last_success_timestamp_seconds",
+                "When the last pass ended whose exit status was 0; 0 if there was none.",
+                last_success,
+            ),
+            self._of_command("build_info", "Version of ln-images.", 1, version=__version__),
+        ]
+        if duration is not None:
+            own.append(
+                self._of_command("pass_duration_seconds", "How long the last pass took.", duration)
+            )
+        registry = self._client.CollectorRegistry()
+        families: dict[str, Any] = {}
+        for metric in [*own, *metrics]:
+            self._add(registry, families, metric, before)
+        self._save(registry)
+
+    def _of_command(self, name: str, description: str, value: float, **labels: str) -> Metric:
+        return Metric(name, description, value, {"command": self._command.value, **labels})
+
+    def _add(
+        self,
+        registry: Any,
+        families: dict[str, Any],
+        metric: Metric,
+        before: Mapping[str, float],
+    ) -> None:
+        name = _PREFIX + metric.name
+        labels = {"cache_dir": self._cache_dir, **metric.labels}
+        is_counter = metric.name.endswith("_total")
+        if name not in families:
+            kind = self._client.Counter if is_counter else self._client.Gauge
+            families[name] = kind(name, metric.description, list(labels), registry=registry)
+        child = families[name].labels(**labels)
+        if is_counter:
+            child.inc(before.get(name, 0.0) + metric.value)
+        else:
+            child.set(metric.value)
 
     def _read(self) -> dict[str, float]:
-        """The values of the file as it is, without their labels and the common beginning of their names."""
-        found = {}
+        """Return the values in the file as it is, by name. Those with more labels are not kept."""
+        values: dict[str, float] = {}
         with contextlib.suppress(OSError, ValueError):
             text = Path(self._path).read_text(encoding="utf-8")
             for family in self._client.parser.text_string_to_metric_families(text):
                 for sample in family.samples:
-                    found[sample.name.removeprefix(_PREFIX)] = sample.value
-        return found
+                    if sample.labels.get("cache_dir") == self._cache_dir:
+                        values[sample.name] = sample.value
+        return values
 
-    def _save(self) -> None:
-        # Written beside and renamed, and readable by the collector's user, whatever umask cron
-        # gives.
+    def _save(self, registry: Any) -> None:
+        # prometheus-client writes a file beside it and renames that. The collector's user must be
+        # able to read it, whatever umask cron has.
         umask = os.umask(0o022)
         try:
-            self._client.write_to_textfile(self._path, self._registry)
+            self._client.write_to_textfile(self._path, registry)
         except OSError as error:
             raise ConfigurationError(
-                f"--metrics-file {self._path}: {error.strerror}: name a file in a directory that exists"
+                f"--metrics-file {self._path}: {error.strerror}; name a file in a directory that"
+                " exists"
             ) from None
         finally:
             os.umask(umask)
+
+
+def list_link_metrics(pass_: Pass, counts: Mapping[str, int]) -> list[Metric]:
+    """Return the metrics of a full pass of ``ln-images``.
+
+    ``counts`` has the number of images by outcome, those of later partial passes included.
+    """
+    unknown = report.unknown_file_sizes(pass_)
+    raw_copies = [result for result in pass_.results if result.verdict.reason is Reason.RAW_COPY]
+    metrics = [
+        Metric(
+            "images",
+            "Images by outcome.",
+            counts.get(outcome, 0),
+            {"outcome": outcome.value},
+        )
+        for outcome in OUTCOMES[Command.LINK]
+    ]
+    metrics += _list_reclaimable_metrics(pass_.reclaimable)
+    metrics += [
+        Metric("unknown_files", "Files in the store that Glance does not know.", len(unknown), {}),
+        Metric("unknown_bytes", "What those files have, in bytes.", sum(unknown), {}),
+        Metric("occupied_raw", "Images whose name Nova's raw copy has.", len(raw_copies), {}),
+        Metric("lock_seconds", "How long the last pass held the lock.", pass_.lock_seconds, {}),
+    ]
+    if pass_.directory_owner is not None:
+        metrics += _list_owner_metrics(pass_.directory_owner)
+    return metrics
+
+
+def removed_links_metric(count: int) -> Metric:
+    """Return the counter of links that were made again, increased by ``count``."""
+    return Metric(
+        "links_removed_total",
+        "Links that something removed and that were made again.",
+        count,
+        {},
+    )
+
+
+def _list_reclaimable_metrics(usage: Reclaimable) -> list[Metric]:
+    metrics = []
+    for kind, disk_usage in (
+        ("orphans", usage.orphans),
+        ("unmarked", usage.unmarked),
+        ("retired", usage.retired),
+    ):
+        labels = {"kind": kind}
+        metrics.append(
+            Metric(
+                "reclaimable",
+                "Bases that belong to no image in the store, by kind.",
+                disk_usage.count,
+                labels,
+            )
+        )
+        metrics.append(
+            Metric(
+                "reclaimable_bytes", "What those bases have, in bytes.", disk_usage.bytes, labels
+            )
+        )
+    return metrics
+
+
+def _list_owner_metrics(owner: Owner) -> list[Metric]:
+    return [
+        Metric("cache_directory_uid", "User that owns the cache directory.", owner.uid, {}),
+        Metric("cache_directory_gid", "Group that owns the cache directory.", owner.gid, {}),
+    ]

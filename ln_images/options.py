@@ -1,188 +1,262 @@
-"""The options of the command: each one's name, form and check."""
+"""The types of the commands' options, and the options that the commands share."""
 
+import functools
 import grp
+import math
+import os
 import pwd
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any
 
 import click
 
-from ln_images.model import DISK_FORMATS, ConfigurationError
+from ln_images import __version__
+from ln_images.model import DISK_FORMATS, Owner
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-# What chown(2) takes for "leave it".
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+# chown(2) takes this number for "leave it as it is".
 _NO_ID = 2**32 - 1
-_USER_MEND = (
-    "name the one that QEMU runs as on the compute nodes, or its number; `stat -c %u:%g` of a running server's disk"
-    " tells both"
-)
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class _Seconds(click.FloatRange):
-    """A number of seconds: nan is in no range, and passes every comparison."""
+def _show_usage_error(error: click.UsageError, file: IO[Any] | None = None) -> None:
+    """Print a usage error on one line, as every other error of these commands."""
+    program = error.ctx.find_root().info_name if error.ctx else os.path.basename(sys.argv[0])
+    message = error.format_message().rstrip(".").replace("\n", " ")
+    click.echo(f"{program}: {message}; see {program} --help", file=file, err=True)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        seconds = super().convert(value, param, ctx)
-        if seconds != seconds:
-            self.fail(f"{value} is no number of seconds", param, ctx)
+
+# click would print the usage and a hint above the error, on three lines.
+click.UsageError.show = _show_usage_error  # type: ignore[assignment, method-assign]
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds, more than 0 and at most a day."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, max=86400, min_open=True)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number. "nan" is refused: it passes every comparison of the range."""
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail(f"{value} is not a number of seconds", param, ctx)
         return seconds
 
 
-# Lengths of time that a clock can be set to.
-_LENGTH = _Seconds(min=0, max=_UNITS["d"], min_open=True)
+class Duration(click.ParamType[int]):
+    """A whole number with its unit, such as 90s, 30m, 24h or 7d; its value is in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the duration in seconds."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]{1,9})([smhd])", value)
+        if match is None:
+            self.fail(
+                f"{value!r} is not a duration with its unit, such as 90s, 30m, 24h or 7d",
+                param,
+                ctx,
+            )
+        return int(match[1]) * _UNIT_SECONDS[match[2]]
 
 
-def _disk_format(value: str) -> str:
-    if value.lower() not in DISK_FORMATS:
-        raise click.BadParameter(
-            f"{value!r} is none of {', '.join(DISK_FORMATS)}: QEMU would have to convert any other, and a VMDK can"
-            " name files of the host"
-        )
-    return value.lower()
+class DiskFormat(click.ParamType[str]):
+    """One of the disk formats that can be linked, in whatever case."""
+
+    name = "disk format"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the format in lower case."""
+        disk_format = str(value).lower()
+        if disk_format not in DISK_FORMATS:
+            self.fail(
+                f"{value!r} is not one of {', '.join(DISK_FORMATS)}: QEMU would have to convert"
+                " every other format, and a VMDK can name files of the host",
+                param,
+                ctx,
+            )
+        return disk_format
 
 
-def _duration(value: str) -> int:
-    found = re.fullmatch(r"([0-9]{1,9})([smhd])", value)
-    if found is None:
-        raise click.BadParameter(
-            f"{value!r} is not a duration with its unit, such as 90s, 30m, 24h or 7d"
-        )
-    return int(found[1]) * _UNITS[found[2]]
+class Mode(click.ParamType[int]):
+    """An octal mode with which everybody can read and others cannot write."""
+
+    name = "mode"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the permission bits."""
+        if isinstance(value, int):
+            return value
+        if not re.fullmatch("0?[0-7]{1,3}", value):
+            self.fail(f"{value!r} is not an octal mode from 0000 to 0777", param, ctx)
+        mode = int(value, 8)
+        everybody_reads = mode & 0o444 == 0o444
+        others_write = bool(mode & 0o002)
+        if not everybody_reads or others_write:
+            self.fail(
+                f"{value}: everybody must be able to read, because Glance and Nova are neither"
+                " owner nor group, and others must not write",
+                param,
+                ctx,
+            )
+        return mode
 
 
-def _mode(value: str) -> int:
-    if not re.fullmatch("0?[0-7]{1,3}", value):
-        raise click.BadParameter(f"{value!r} is not an octal mode from 0000 to 0777")
-    mode = int(value, 8)
-    if mode & 0o444 != 0o444 or mode & 0o002:
-        raise click.BadParameter(
-            f"{value}: everybody must read, since Glance and Nova are neither owner nor group, and others not write"
-        )
-    return mode
+class OwnerType(click.ParamType[Owner]):
+    """``USER[:GROUP]``, names or numbers, as chown(1) reads it. Without a group, the user's own."""
+
+    name = "owner"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Owner:
+        """Return the user and the group by number."""
+        if isinstance(value, Owner):
+            return value
+        user, _, group = value.partition(":")
+        uid = _find_id(user, lambda name: pwd.getpwnam(name).pw_uid)
+        if uid is None:
+            self.fail(
+                f"there is no user {user!r} here; use the name or the number of the user that QEMU"
+                " runs as on the compute nodes (`stat -c %u:%g` of a running server's disk)",
+                param,
+                ctx,
+            )
+        if group:
+            gid = _find_id(group, lambda name: grp.getgrnam(name).gr_gid)
+            if gid is None:
+                self.fail(f"there is no group {group!r} here; use its number", param, ctx)
+            return Owner(uid, gid)
+        try:
+            return Owner(uid, pwd.getpwnam(user).pw_gid)
+        except KeyError:
+            self.fail(f"{user} is a number; add its group, as {user}:GROUP", param, ctx)
 
 
-def _owner(value: str) -> tuple[int, int]:
-    """The uid and gid that ``USER[:GROUP]`` stands for, names or numbers, as chown(1) reads it."""
-    user, _, group = value.partition(":")
-    uid = _id("user", user, pwd.getpwnam, _USER_MEND)
-    if group:
-        return uid, _id("group", group, grp.getgrnam, "name another, or its number")
+def _find_id(name: str, find: Callable[[str], int]) -> int | None:
+    """Return the number of a user or group, given by name or number; None if there is none."""
     try:
-        return uid, pwd.getpwnam(user).pw_gid
-    except KeyError:
-        raise ConfigurationError(
-            f"--owner: {user} is a number: say which group, as {user}:GROUP"
-        ) from None
-
-
-def _id(kind: str, name: str, find: Callable[[str], Any], mend: str) -> int:
-    try:
-        return int(find(name)[2])
+        return find(name)
     except (KeyError, ValueError):
         if re.fullmatch("[0-9]{1,10}", name) and int(name) < _NO_ID:
             return int(name)
-        raise ConfigurationError(f"--owner: there is no {kind} {name!r} here: {mend}") from None
+        return None
 
 
-def _option(usage: str, text: str, **attributes: Any) -> Any:
-    """A field of Options, with the option as ``--help`` shows it. Without a value it is a flag."""
-    flags, _, metavar = usage.partition(" ")
-    names = flags.split(",")
-    attributes |= {"metavar": metavar} if metavar else {"is_flag": True}
-    attributes.setdefault("envvar", f"LN_IMAGES_{names[-1].strip('-').replace('-', '_').upper()}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommonOptions:
+    """The values of the options that the three commands share. ``timeout`` is in seconds."""
 
-    def option(field_name: str) -> click.Option:
-        return click.Option([*names, field_name], help=text, show_default=True, **attributes)
-
-    return field(metadata={"option": option})
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of the command. Durations are in seconds; ``owner`` is a uid and a gid."""
-
-    images_dir: str = _option(
-        "--images-dir DIR", "Glance's filesystem store.", default="/var/lib/glance/images"
-    )
-    cache_dir: str = _option(
-        "--cache-dir DIR",
-        "What the compute nodes mount as Nova's _base.",
-        default="/var/lib/glance/imagecache",
-    )
-    owner: tuple[int, int] = _option(
-        "--owner USER[:GROUP]",
-        "Owner of the links; names or numbers. Without a group, the user's own.",
-        type=_owner,
-        default="qemu:qemu",
-    )
-    mode: int = _option(
-        "--mode OCTAL",
-        "Mode of the links: everybody reads, others do not write.",
-        type=_mode,
-        default="0644",
-    )
-    disk_formats: Sequence[str] = _option(
-        "--disk-format NAME",
-        "Formats to link; repeatable.",
-        type=_disk_format,
-        multiple=True,
-        default=DISK_FORMATS,
-    )
-    os_cloud: str | None = _option(
-        "--os-cloud NAME",
-        "A clouds.yaml entry; needs ln-images[clouds]. Otherwise OS_* from the environment.",
-        envvar=["LN_IMAGES_OS_CLOUD", "OS_CLOUD"],
-    )
-    timeout: float = _option(
-        "--timeout SECONDS", "For each HTTP request.", type=_LENGTH, default=30
-    )
-    full: bool = _option("--full", "Ask Glance about every image, not just those not yet linked.")
-    every: float | None = _option(
-        "--every SECONDS",
-        "Repeat the pass in one process, and react at once to what Glance finishes.",
-        type=_LENGTH,
-    )
-    for_seconds: float | None = _option(
-        "--for SECONDS",
-        "End the repeating in time; for crontab lines that start once a minute.",
-        type=_LENGTH,
-    )
-    prune: bool = _option("--prune", "Also retire, and later remove, bases that nothing needs.")
-    prune_after: float = _option(
-        "--prune-after DURATION",
-        "How long nothing must have used a base, until it is retired and again until it is removed.",
-        type=_duration,
-        default="24h",
-    )
-    prune_unmarked: bool = _option(
-        "--prune-unmarked", "With --prune: also bases that this command did not link."
-    )
-    instances_dirs: Sequence[str] = _option(
-        "--instances-dir DIR",
-        "Instance disks whose backing files are never pruned; repeatable.",
-        type=click.Path(exists=True, file_okay=False),
-        multiple=True,
-    )
-    verify: bool = _option(
-        "--verify", "Also read each linked image and compare it with Glance's checksum."
-    )
-    dry_run: bool = _option("-n,--dry-run", "Say what would be done; touch nothing.")
-    format: str = _option(
-        "--format [text|json]",
-        "Report on standard output; json is one line a pass.",
-        type=click.Choice(["text", "json"]),
-        default="text",
-    )
-    log_file: str | None = _option("--log-file PATH", "Rotating log, 1 MiB x 5.")
-    metrics_file: str | None = _option(
-        "--metrics-file PATH", "Prometheus textfile; needs ln-images[metrics]."
-    )
-    verbose: bool = _option("-v,--verbose", "List present images too, and say more.")
-    quiet: bool = _option("-q,--quiet", "Errors only.")
+    images_dir: str
+    cache_dir: str
+    os_cloud: str | None
+    timeout: float
+    admin_role: str
+    format: str
+    log_file: str | None
+    metrics_file: str | None
+    verbose: bool
+    quiet: bool
 
 
-def parameters() -> list[click.Parameter]:
-    """The options as click reads them, each into the field of its name."""
-    return [one.metadata["option"](one.name) for one in fields(Options)]
+def common_options(variable_prefix: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds the shared options to a command.
+
+    The command gets them as one argument ``common``, a :class:`CommonOptions`. Each option has the
+    environment variable ``LN_IMAGES_<OPTION>``; those for files have ``<variable_prefix>_<OPTION>``
+    because two commands must not write the same file.
+    """
+    options = [
+        click.option(
+            "--images-dir",
+            metavar="DIR",
+            envvar="LN_IMAGES_IMAGES_DIR",
+            default="/var/lib/glance/images",
+            show_default=True,
+            help="Glance's filesystem store.",
+        ),
+        click.option(
+            "--cache-dir",
+            metavar="DIR",
+            envvar="LN_IMAGES_CACHE_DIR",
+            default="/var/lib/glance/imagecache",
+            show_default=True,
+            help="The directory that the compute nodes mount as Nova's _base.",
+        ),
+        click.option(
+            "--os-cloud",
+            metavar="NAME",
+            envvar=["LN_IMAGES_OS_CLOUD", "OS_CLOUD"],
+            help="An entry of clouds.yaml; needs ln-images[clouds]. Without it, OS_* variables.",
+        ),
+        click.option(
+            "--timeout",
+            metavar="SECONDS",
+            envvar="LN_IMAGES_TIMEOUT",
+            type=Seconds(),
+            default=30,
+            show_default=True,
+            help="Time limit for each HTTP request.",
+        ),
+        click.option(
+            "--admin-role",
+            metavar="NAME",
+            envvar="LN_IMAGES_ADMIN_ROLE",
+            default="admin",
+            show_default=True,
+            help="The role that sees every project's images and every compute host.",
+        ),
+        click.option(
+            "--format",
+            envvar="LN_IMAGES_FORMAT",
+            type=click.Choice(["text", "json"]),
+            default="text",
+            show_default=True,
+            help="Format of the report on standard output; JSON is one line for each pass.",
+        ),
+        click.option(
+            "--log-file",
+            metavar="PATH",
+            envvar=f"{variable_prefix}_LOG_FILE",
+            help="Rotating log, 1 MiB x 5.",
+        ),
+        click.option(
+            "--metrics-file",
+            metavar="PATH",
+            envvar=f"{variable_prefix}_METRICS_FILE",
+            help="Prometheus textfile; needs ln-images[metrics].",
+        ),
+        click.option(
+            "-v",
+            "--verbose",
+            is_flag=True,
+            envvar="LN_IMAGES_VERBOSE",
+            help="Report images that are as they should be, too, and log more.",
+        ),
+        click.option(
+            "-q", "--quiet", is_flag=True, envvar="LN_IMAGES_QUIET", help="Print errors only."
+        ),
+        click.version_option(__version__),
+    ]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def with_common(**values: Any) -> Any:
+            names = CommonOptions.__dataclass_fields__
+            common = CommonOptions(**{name: values.pop(name) for name in names})
+            return command(common=common, **values)
+
+        for option in reversed(options):
+            with_common = option(with_common)
+        return with_common
+
+    return decorate

@@ -1,0 +1,572 @@
+"""The two directories: Glance's store and Nova's cache.
+
+This module takes the lock, scans both directories, collects facts about one image, and links or
+repairs it. It decides nothing: ``rules.py`` does. It has no call that could rename or remove a file.
+
+It works through descriptors: both directories are opened once, and the file that is linked is the
+file that was opened and checked, whatever its name has become meanwhile. Every entry of the cache
+may have been planted by an enemy: only regular files are opened, and no symbolic link is followed.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import stat
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ln_images.model import (
+    MARKS_UNSUPPORTED,
+    NO_MARKS,
+    AnotherRunError,
+    ConfigurationError,
+    File,
+    LinkPolicy,
+    Marks,
+    Owner,
+    Reason,
+    TemporaryError,
+    Verdict,
+    cache_name,
+    is_image_id,
+)
+
+# The marks on each inode that we link. A SHA-1 cannot be turned back into an image id. These names
+# are a contract with files that exist.
+IMAGE_ID_MARK = "user.ln_images.image_id"
+SIZE_MARK = "user.ln_images.size"
+UNUSED_SINCE_MARK = "user.ln_images.unused_since"
+# The mark on a file that was refused: what it was and why, so that the next process need not
+# inspect it again.
+REFUSED_MARK = "user.ln_images.refused"
+# Marks are short. A longer one was written by somebody else.
+_LONGEST_MARK = 4096
+_SIZE = re.compile("[0-9]{1,20}")
+_TIME = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
+
+# Beside a base, Nova downloads into the first and converts into the second
+# (nova.virt.libvirt.utils.fetch_image, nova.virt.images.fetch_to_raw).
+DOWNLOAD_SUFFIXES = (".part", ".converted")
+QCOW2_MAGIC = b"QFI\xfb"
+
+# The file system does not respond, and may again: see _open_error.
+_NOT_RESPONDING = frozenset(
+    {errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EHOSTDOWN}
+)
+
+# FS_IOC_FSGETXATTR and FS_XFLAG_PROJINHERIT of linux/fs.h, and the fields of struct fsxattr.
+_FSGETXATTR = 0x801C581F
+_PROJINHERIT = 0x200
+_FSXATTR = struct.Struct("=5I8x")
+
+
+class Facts(NamedTuple):
+    """What the two directories have for one image.
+
+    ``source`` is its file in the store, ``entry`` what has its cache name; None if there is none.
+    ``is_downloading`` says that Nova is downloading the image. ``entry_is_raw`` says that the entry
+    is a regular file without the magic of qcow2. ``mark_is_shared`` says that the entry's mark
+    names another image whose file is the same inode.
+    """
+
+    source: File | None
+    entry: File | None
+    is_downloading: bool = False
+    entry_is_raw: bool = False
+    mark_is_shared: bool = False
+
+
+class NotRegularError(OSError):
+    """The name is that of something else than a regular file, so it was not opened."""
+
+
+class AttributesNotKeptError(Exception):
+    """The file system does not keep owner, mode or marks. The text says which, and what to do."""
+
+
+class LinksImpossibleError(ConfigurationError):
+    """No image at all can be linked between these directories."""
+
+
+class Store(contextlib.ExitStack):
+    """Glance's store and Nova's cache, both open. Use it as a context manager."""
+
+    def __init__(self, images_dir: str, cache_dir: str) -> None:
+        """Open both directories.
+
+        Raises ConfigurationError if they cannot be opened, cannot share inodes, or if somebody else
+        could replace the cache, and TemporaryError if their file system does not respond.
+        """
+        super().__init__()
+        self.images_dir = images_dir
+        self.cache_dir = cache_dir
+        with contextlib.ExitStack() as opened:
+            self._images = _open_images_directory(images_dir)
+            opened.callback(os.close, self._images)
+            self.cache = _open_cache_directory(cache_dir, os.fstat(self._images).st_uid)
+            opened.callback(os.close, self.cache)
+            self._refuse_impossible_pairs()
+            self.push(opened.pop_all())
+
+    def _refuse_impossible_pairs(self) -> None:
+        images, cache = os.fstat(self._images), os.fstat(self.cache)
+        if os.path.samestat(images, cache):
+            raise ConfigurationError(
+                f"--images-dir and --cache-dir are the same directory, {self.cache_dir}; use two"
+            )
+        paths = [os.path.realpath(self.images_dir), os.path.realpath(self.cache_dir)]
+        if os.path.commonpath(paths) in paths:
+            raise ConfigurationError(
+                f"{self.images_dir} and {self.cache_dir}: one is inside the other; use two"
+                " directories beside each other"
+            )
+        # Two mounts of one file system have one st_dev, and link(2) refuses them all the same.
+        same_mount = _mount_id(self._images) == _mount_id(self.cache)
+        if images.st_dev != cache.st_dev or not same_mount:
+            raise ConfigurationError(
+                f"{self.images_dir} and {self.cache_dir} are on two file systems or two mounts of"
+                " one, and no hard link can cross them; put both below one mount point"
+            )
+
+    @contextlib.contextmanager
+    def locked(self, wait_seconds: float = 0) -> Iterator[None]:
+        """Hold the lock of the cache. Raise AnotherRunError if it is not free in ``wait_seconds``.
+
+        It is an flock(2) on the directory itself: there is no lock file in ``_base``, and nothing
+        is left behind by a crash.
+        """
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(self.cache, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise AnotherRunError(
+                        f"{self.cache_dir}: {self._lock_holder()} holds the lock; let it finish"
+                    ) from None
+                time.sleep(0.05)
+        try:
+            yield
+        finally:
+            fcntl.flock(self.cache, fcntl.LOCK_UN)
+
+    def _lock_holder(self) -> str:
+        """Describe the process that holds the lock, as far as the kernel shows it."""
+        # 1: FLOCK  ADVISORY  WRITE 1234 08:01:131090 0 EOF
+        inode = os.fstat(self.cache).st_ino
+        line = re.compile(rf"^\d+: FLOCK .* (\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", re.MULTILINE)
+        with contextlib.suppress(OSError):
+            holder = line.search(Path("/proc/locks").read_text(encoding="ascii"))
+            if holder and int(holder[1]) > 0:
+                return f"process {holder[1]}{_process_state(int(holder[1]))}"
+        return "another run"
+
+    def list_store(self) -> dict[str, int]:
+        """Return the image ids that have a name in the store, with the inode of each.
+
+        The inode is the one that the directory lists. On some file systems, such as overlayfs, it
+        is not the one that stat(2) returns.
+        """
+        with os.scandir(self._images) as entries:
+            return {entry.name: entry.inode() for entry in entries if is_image_id(entry.name)}
+
+    def list_cache(self) -> list[str]:
+        """Return every name in the cache."""
+        return os.listdir(self.cache)
+
+    def image_file(self, image_id: str) -> File | None:
+        """Return what has an image's name in the store, or None."""
+        try:
+            return _file(os.stat(image_id, dir_fd=self._images, follow_symlinks=False), None)
+        except FileNotFoundError:
+            return None
+
+    def cache_file(self, name: str) -> File | None:
+        """Return what has a name in the cache, with its marks, or None."""
+        try:
+            status = os.stat(name, dir_fd=self.cache, follow_symlinks=False)
+            if not stat.S_ISREG(status.st_mode):
+                return _file(status, NO_MARKS)
+            return _file(status, read_marks(f"/proc/self/fd/{self.cache}/{name}"))
+        except FileNotFoundError:
+            return None
+
+    def facts(self, image_id: str, descriptor: int | None = None) -> Facts:
+        """Return what the two directories have for an image.
+
+        With ``descriptor``, the source is the open file, with its marks, whatever its name has
+        become. Raises OSError.
+        """
+        if descriptor is None:
+            source = self.image_file(image_id)
+        else:
+            source = _file(os.fstat(descriptor), read_marks(descriptor))
+        name = cache_name(image_id)
+        entry = self.cache_file(name)
+        is_other_file = entry is not None and not (source and entry.is_same_inode(source))
+        return Facts(
+            source=source,
+            entry=entry,
+            is_downloading=entry is None and self.is_downloading(name),
+            entry_is_raw=is_other_file and self._is_raw(name),
+            mark_is_shared=entry is not None and self._is_mark_shared(image_id, entry),
+        )
+
+    def is_downloading(self, name: str) -> bool:
+        """Return whether Nova has a fresh, unfinished download beside a base."""
+        now = time.time()
+        files = [self.cache_file(name + suffix) for suffix in DOWNLOAD_SUFFIXES]
+        return any(file is not None and is_fresh_download(file, now) for file in files)
+
+    def _is_raw(self, name: str) -> bool:
+        """Return whether an entry is a regular file without the magic of qcow2."""
+        try:
+            with open_regular(name, self.cache) as descriptor:
+                return os.pread(descriptor, 4, 0) != QCOW2_MAGIC
+        except OSError:
+            return False
+
+    def _is_mark_shared(self, image_id: str, entry: File) -> bool:
+        """Return whether the entry's mark names another image whose file is the same inode.
+
+        A tool that links equal files of the store to each other leaves one inode to two images.
+        """
+        other_id = entry.marks.image_id if entry.marks else None
+        if other_id is None or other_id == image_id or not is_image_id(other_id):
+            return False
+        other = self.image_file(other_id)
+        return other is not None and other.is_same_inode(entry)
+
+    def open_image(self, image_id: str) -> contextlib.AbstractContextManager[int]:
+        """Open an image's file for reading. Raises OSError; NotRegularError if it is not a file."""
+        return open_regular(image_id, self._images)
+
+    def directory_owner(self) -> Owner:
+        """Return the owner of the cache directory."""
+        status = os.fstat(self.cache)
+        return Owner(status.st_uid, status.st_gid)
+
+    def refuse_project_quota(self, descriptor: int) -> None:
+        """Raise LinksImpossibleError if a project quota refuses every link (xfs(5), ext4(5))."""
+        project, inherits = _project(self.cache)
+        if inherits and _project(descriptor)[0] != project:
+            raise LinksImpossibleError(
+                f"{self.cache_dir} is under a project quota (project {project}) that is not the"
+                " images', and no hard link can enter it; put both directories under one project,"
+                " or none"
+            )
+
+    def link(self, descriptor: int, image_id: str, policy: LinkPolicy) -> None:
+        """Give the open inode its attributes, and then its cache name.
+
+        The kernel refuses a name that is taken, so no file is ever replaced. If the link cannot be
+        made, the inode gets its old owner, mode and marks back.
+
+        Raises FileExistsError if the name is another inode's, FileNotFoundError if Glance has
+        deleted the file meanwhile, LinksImpossibleError if no link at all is possible, other
+        OSErrors, and AttributesNotKeptError.
+        """
+        before = _file(os.fstat(descriptor), read_marks(descriptor))
+        name = cache_name(image_id)
+        try:
+            self.set_attributes(descriptor, image_id, policy)
+        except (OSError, AttributesNotKeptError):
+            _restore_attributes(descriptor, before)
+            raise
+        try:
+            os.link(
+                f"/proc/self/fd/{descriptor}", name, dst_dir_fd=self.cache, follow_symlinks=True
+            )
+        except FileExistsError:
+            entry = self.cache_file(name)
+            if entry is None or not entry.is_same_inode(before):
+                _restore_attributes(descriptor, before)
+                raise
+        except OSError as error:
+            _restore_attributes(descriptor, before)
+            if _refuses_every_link(error, descriptor):
+                raise LinksImpossibleError(
+                    f"{self.cache_dir}: the file system refuses hard links from"
+                    f" {self.images_dir} ({error.strerror}); put both directories on one file"
+                    " system that can link between them, which mergerfs and BeeGFS cannot"
+                ) from None
+            raise
+
+    def set_attributes(self, descriptor: int, image_id: str, policy: LinkPolicy) -> None:
+        """Set owner, mode and marks of the open inode, each only if it differs, and read them back.
+
+        Raises OSError, and AttributesNotKeptError if the file system did not keep owner or mode.
+        """
+        status = os.fstat(descriptor)
+        if Owner(status.st_uid, status.st_gid) != policy.owner:
+            os.fchown(descriptor, policy.owner.uid, policy.owner.gid)
+        # A change of owner clears bits of the mode, so the mode comes second.
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != policy.mode:
+            os.fchmod(descriptor, policy.mode)
+        self._refuse_lost_attributes(descriptor, policy)
+        marks = read_marks(descriptor)
+        if not marks.supported:
+            return
+        if marks.image_id != image_id:
+            _set_mark(descriptor, IMAGE_ID_MARK, image_id)
+        if marks.size != status.st_size:
+            _set_mark(descriptor, SIZE_MARK, str(status.st_size))
+
+    def _refuse_lost_attributes(self, descriptor: int, policy: LinkPolicy) -> None:
+        status = os.fstat(descriptor)
+        owner = Owner(status.st_uid, status.st_gid)
+        mode = stat.S_IMODE(status.st_mode)
+        if owner != policy.owner or mode != policy.mode:
+            raise AttributesNotKeptError(
+                f"the file is {owner.uid}:{owner.gid} {mode:04o} after it was set to"
+                f" {policy.owner.uid}:{policy.owner.gid} {policy.mode:04o}; the file system does"
+                " not keep them (CIFS and some FUSE file systems do not); use another"
+            )
+
+    def remember_refusal(self, descriptor: int, key: str, verdict: Verdict) -> None:
+        """Leave a mark that says why a file was refused; a file system without marks has none.
+
+        ``key`` identifies what was judged, for :meth:`read_refusal`.
+        """
+        text = f"{key}\n{verdict.reason}\n{verdict.sentence or ''}"
+        with contextlib.suppress(OSError):
+            os.setxattr(descriptor, REFUSED_MARK, text.encode("utf-8", "backslashreplace"))
+
+    def read_refusal(self, descriptor: int, key: str) -> tuple[Reason, str] | None:
+        """Return why the file was refused before, if what was judged then is still the same."""
+        text = _read_mark(descriptor, REFUSED_MARK)
+        parts = text.split("\n", 2) if text else []
+        if len(parts) != 3 or parts[0] != key:
+            return None
+        try:
+            return Reason(parts[1]), parts[2]
+        except ValueError:
+            return None
+
+
+@contextlib.contextmanager
+def open_regular(name: str, directory: int) -> Iterator[int]:
+    """Open a regular file of a directory for reading.
+
+    The name is opened with O_PATH first, which opens neither a device nor a FIFO and follows no
+    symbolic link. What it is, is checked on that descriptor. Raises OSError; NotRegularError if it
+    is something else than a regular file.
+    """
+    handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise NotRegularError(errno.EINVAL, "Not a regular file", name)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(f"/proc/self/fd/{handle}", flags)
+    finally:
+        os.close(handle)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def is_fresh_download(file: File, now: float) -> bool:
+    """Return whether a ``.part`` or ``.converted`` file shows that Nova is at work.
+
+    After ten minutes without a change it is a leftover of a crash. ``now`` is in seconds since the
+    epoch. Nova makes regular files only.
+    """
+    return stat.S_ISREG(file.mode) and abs(now - file.changed) < 600
+
+
+def read_marks(file: int | str) -> Marks:
+    """Return the marks of an open file, or of a path, whose last part is not followed.
+
+    What is no mark of ours, such as a number of 5,000 digits, counts as missing. Raises OSError.
+    """
+    try:
+        image_id = _read_mark(file, IMAGE_ID_MARK)
+        size = _read_mark(file, SIZE_MARK)
+        unused_since = _read_mark(file, UNUSED_SINCE_MARK)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return MARKS_UNSUPPORTED
+        raise
+    return Marks(
+        image_id=image_id,
+        size=int(size) if size and _SIZE.fullmatch(size) else None,
+        unused_since=float(unused_since)
+        if unused_since and _TIME.fullmatch(unused_since)
+        else None,
+    )
+
+
+def _read_mark(file: int | str, name: str) -> str | None:
+    """Return one extended attribute as text, or None. Raises OSError; ENOTSUP if it cannot be."""
+    try:
+        # A descriptor has nothing to follow.
+        value = os.getxattr(file, name, follow_symlinks=isinstance(file, int))
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOENT):
+            return None
+        raise
+    if len(value) > _LONGEST_MARK:
+        return None
+    return value.decode("utf-8", "replace")
+
+
+def _set_mark(descriptor: int, name: str, value: str) -> None:
+    try:
+        os.setxattr(descriptor, name, value.encode())
+    except OSError as error:
+        # On ext4 all extended attributes of a file share one block (ext4(5), ea_inode).
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.E2BIG):
+            raise AttributesNotKeptError(
+                "the file has no room for another extended attribute; remove some that"
+                " `getfattr -d -m -` lists"
+            ) from None
+        raise
+
+
+def _refuses_every_link(error: OSError, descriptor: int) -> bool:
+    """Return whether link(2) was refused for a reason that is not about this one file.
+
+    EPERM is about one file if that is immutable or append-only (chattr(1)), and about the user if
+    that is not root (``fs.protected_hardlinks``, proc_sys_fs(5)).
+    """
+    if error.errno == errno.EXDEV:
+        return True
+    return error.errno == errno.EPERM and os.geteuid() == 0 and not _is_immutable(descriptor)
+
+
+def _restore_attributes(descriptor: int, before: File) -> None:
+    """Give an inode back the owner, mode and marks that it had."""
+    with contextlib.suppress(OSError):
+        os.fchown(descriptor, before.owner.uid, before.owner.gid)
+        os.fchmod(descriptor, stat.S_IMODE(before.mode))
+    marks = before.marks or NO_MARKS
+    if not marks.supported:
+        return
+    values = {
+        IMAGE_ID_MARK: marks.image_id,
+        SIZE_MARK: None if marks.size is None else str(marks.size),
+    }
+    for name, value in values.items():
+        with contextlib.suppress(OSError):
+            if value is None:
+                os.removexattr(descriptor, name)
+            else:
+                os.setxattr(descriptor, name, value.encode())
+
+
+def _file(status: os.stat_result, marks: Marks | None) -> File:
+    return File(
+        mode=status.st_mode,
+        inode=status.st_ino,
+        device=status.st_dev,
+        links=status.st_nlink,
+        owner=Owner(status.st_uid, status.st_gid),
+        size=status.st_size,
+        changed=status.st_ctime,
+        modified=status.st_mtime,
+        marks=marks,
+    )
+
+
+def _open_images_directory(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _open_error("--images-dir", path, error) from None
+
+
+def _open_cache_directory(path: str, images_owner: int) -> int:
+    """Open the cache directory, which nobody but root and Glance must be able to replace.
+
+    If the cache lay in a directory that compute nodes can write to, a node could put a symbolic
+    link in its place, and root would link into any directory of this machine.
+    """
+    parent_path, name = os.path.split(path.rstrip("/") or path)
+    try:
+        parent = os.open(parent_path or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _open_error("--cache-dir", path, error) from None
+    try:
+        status = os.fstat(parent)
+        if status.st_uid not in (0, os.geteuid(), images_owner) or status.st_mode & 0o022:
+            raise ConfigurationError(
+                f"--cache-dir {path}: others than root can replace it, because they may write to"
+                f" {parent_path or '.'}; run `chmod go-w {parent_path or '.'}` and give it to root,"
+                " or move the cache"
+            )
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(name or ".", flags, dir_fd=parent)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR) and os.path.islink(path.rstrip("/")):
+            raise ConfigurationError(
+                f"--cache-dir {path} is a symbolic link; name the directory itself"
+            ) from None
+        raise _open_error("--cache-dir", path, error) from None
+    finally:
+        os.close(parent)
+
+
+def _open_error(option: str, path: str, error: OSError) -> ConfigurationError | TemporaryError:
+    what = f"{option} {path}: {error.strerror}"
+    if error.errno in _NOT_RESPONDING:
+        return TemporaryError(f"{what}; its file system does not respond; remount it")
+    if isinstance(error, FileNotFoundError):
+        return ConfigurationError(f"{what}; mount its file system, or create it")
+    if isinstance(error, PermissionError) and os.geteuid() != 0:
+        return ConfigurationError(f"{what}; run the command as root")
+    if isinstance(error, PermissionError):
+        return ConfigurationError(
+            f"{what}; root is refused, so look for root_squash on an NFS mount, or for a FUSE file"
+            " system without allow_root"
+        )
+    return ConfigurationError(f"{what}; name a directory")
+
+
+def _process_state(pid: int) -> str:
+    """Return a process's command line and whether it is stopped, for a message."""
+    with contextlib.suppress(OSError):
+        command = (
+            Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").strip()
+        )
+        # 1234 (ln-images) T 1 1234 ...
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        stopped = ", which is stopped (continue it with `kill -CONT`)," if state in "Tt" else ""
+        return f" ({command[:200]}){stopped}"
+    return ""
+
+
+def _mount_id(descriptor: int) -> str:
+    """Return the id of the mount that a descriptor was opened through (proc_pid_fdinfo(5))."""
+    # mnt_id:	29
+    lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii").splitlines()
+    return next(line for line in lines if line.startswith("mnt_id:"))
+
+
+def _fsxattr(descriptor: int) -> tuple[int, int]:
+    """Return the flags and the project of an inode (linux/fs.h, ``struct fsxattr``)."""
+    fields = bytearray(_FSXATTR.size)
+    try:
+        fcntl.ioctl(descriptor, _FSGETXATTR, fields)
+    except OSError:
+        return 0, 0
+    flags, _extent_size, _extents, project, _cow_extent_size = _FSXATTR.unpack(fields)
+    return flags, project
+
+
+def _project(descriptor: int) -> tuple[int, bool]:
+    """Return an inode's project, and whether a directory gives it to what is linked there."""
+    flags, project = _fsxattr(descriptor)
+    return project, bool(flags & _PROJINHERIT)
+
+
+def _is_immutable(descriptor: int) -> bool:
+    """Return whether a file is immutable or append-only (FS_XFLAG_IMMUTABLE, FS_XFLAG_APPEND)."""
+    flags, _project = _fsxattr(descriptor)
+    return bool(flags & (0x8 | 0x10))
