@@ -74,7 +74,7 @@ lint: $(VENV)/installed
 clean:
 	rm -rf $(VENV) $(CLOUD) $(OPENSTACK) $(NOVA)
 
-$(VENV)/installed: setup.py pyproject.toml
+$(VENV)/installed: pyproject.toml
 	@tests/need.sh "python3 -c 'import ensurepip'" python3-venv
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable ".[dev]"
