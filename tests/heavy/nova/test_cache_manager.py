@@ -1,0 +1,57 @@
+"""What Nova's own cache manager touches and removes."""
+
+import os
+import time
+
+from rig import Rig
+from rig_fixtures import Disk
+from scenes import outcome
+from support.cloud import wait_until
+
+OLD = 1_000_000_000
+OFTEN = "manager_interval = 3\nremove_unused_original_minimum_age_seconds = 1\nremove_unused_base_images = "
+
+
+def test_the_cache_manager_touches_used_bases_and_removes_unused_ones(rig: Rig, raw: Disk) -> None:
+    """Switched on, it renews the times of a base by its server's image, and removes a link that no server here uses."""
+    used, unused = rig.image("used", raw.path), rig.image("unused", raw.path)
+    rig.ln_images()
+    rig.boot(used)
+    for image in (used, unused):
+        os.utime(rig.entry(image), (OLD, OLD))
+    changed = rig.entry(used).stat().st_ctime_ns
+    rig.node.runs_with(image_cache=f"{OFTEN}True")
+    wait_until(lambda: not rig.entry(unused).exists(), "the removal of the unused link", 120)
+    assert rig.entry(used).stat().st_mtime > OLD
+    assert rig.entry(used).stat().st_ctime_ns > changed
+    # Glance's own name is untouched, and the next pass makes the link anew.
+    assert outcome(rig.ln_images(), unused) == "linked"
+
+
+def test_with_the_guides_setting_the_cache_manager_only_touches(rig: Rig, raw: Disk) -> None:
+    """With remove_unused_base_images = False it removes nothing, and still renews the times of what is used."""
+    used, unused = rig.image("used", raw.path), rig.image("unused", raw.path)
+    rig.ln_images()
+    rig.boot(used)
+    for image in (used, unused):
+        os.utime(rig.entry(image), (OLD, OLD))
+    rig.node.runs_with(image_cache=f"{OFTEN}False")
+    for _ in range(2):
+        wait_until(lambda: rig.entry(used).stat().st_mtime > OLD, "a touch of the used base", 120)
+        os.utime(rig.entry(used), (OLD, OLD))
+    assert rig.entry(unused).stat().st_mtime == OLD
+
+
+def test_a_base_that_only_backs_a_disk_is_not_touched(rig: Rig, raw: Disk) -> None:
+    """A base that no server names, but whose disk is on it, is neither touched nor removed."""
+    named, backing = rig.image("named", raw.path), rig.image("backing", raw.path)
+    rig.ln_images()
+    server = rig.boot(named)
+    rig.act(server, "os-stop", "SHUTOFF")
+    rig.node.rebase(server, rig.entry(backing).name)
+    for image in (named, backing):
+        os.utime(rig.entry(image), (OLD, OLD))
+    rig.node.runs_with(image_cache=f"{OFTEN}True")
+    wait_until(lambda: rig.entry(named).stat().st_mtime > OLD, "a touch of the named base", 120)
+    time.sleep(6)
+    assert rig.entry(backing).stat().st_mtime == OLD
