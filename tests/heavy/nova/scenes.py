@@ -13,7 +13,6 @@ from typing import Any
 from rig import COMMAND, Rig
 from support.cloud import ROOT, wait_until
 
-
 # A time long ago, and a cache manager that runs every 3 seconds.
 OLD = 1_000_000_000
 OFTEN = (

@@ -11,7 +11,7 @@ import pytest
 
 from rig import AS_THEY_ARE, CACHE, CONVERTED, Rig
 from rig_fixtures import Disk
-from scenes import descriptor, fails, outcome, reboot, command_in_recovery, watching
+from scenes import command_in_recovery, descriptor, fails, outcome, reboot, watching
 from support.cloud import wait_until
 
 
