@@ -27,10 +27,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
-from cloud import REGION, Cloud, wait_until
-from compute import Compute
-from compute import server as a_server
-from conftest import COMMAND, OWNER, Node
+from support.cloud import REGION, Cloud, wait_until
+from support.compute import Compute
+from support.compute import server as a_server
+from support.node import COMMAND, OWNER, Node
 
 MIB = 1024 * 1024
 MARK = "user.ln_images.image_id"

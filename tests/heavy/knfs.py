@@ -21,9 +21,9 @@ import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
-from cloud import REGION, Cloud
-from compute import Compute
 from knfs_inside import DATA, FILE_SYSTEMS, WORK
+from support.cloud import REGION, Cloud
+from support.compute import Compute
 
 SECONDS = 1200
 PACKAGES = ("linux-image-amd64", "busybox-static")

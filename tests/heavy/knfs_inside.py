@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from ln_images.instances import open_inodes
+
 from ln_images.model import TemporaryError
 
 # The one place that can be written; the file systems are mounted in it. All of the first is

@@ -1,0 +1,1 @@
+"""What the tests share: a real cloud, a storage node, broken services, disks."""
