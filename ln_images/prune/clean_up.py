@@ -30,7 +30,7 @@ from ln_images.model import (
     Verdict,
 )
 from ln_images.prune.bases import carry_out, other_name
-from ln_images.prune.evidence import MOST_AGE, Clock, Evidence, gather
+from ln_images.prune.evidence import MOST_AGE, Clock, Cloud, Evidence, gather
 from ln_images.prune.nodes import Node, list_nodes, node_document
 from ln_images.prune.reports import Reports, read_reports
 from ln_images.prune.rules import (
@@ -45,7 +45,6 @@ from ln_images.prune.rules import (
 )
 from ln_images.rules import judge_error
 from ln_images.scan import MOST_BASES, RETIRED_SUFFIX, Scan, list_base, reclaimable, scan
-from ln_images.session import Connection
 from ln_images.store import Store
 
 LOG = logging.getLogger(__name__)
@@ -65,24 +64,23 @@ class CleanUpOptions:
     cache_dir: str
     reports_dir: str
     policy: Policy
-    region_names: Sequence[str] = ()
-    admin_role: str = "admin"
     dry_run: bool = False
     lock_wait: float = 0
 
 
 class CleanUp(NamedTuple):
-    """What one pass found and did. ``blocker`` is why no base could go, or None."""
+    """What one pass found and did. ``is_blocked`` says that no base could go."""
 
     pass_: Pass
     nodes: Sequence[Node]
-    blocker: str | None
+    is_blocked: bool
 
 
-def clean_up(options: CleanUpOptions, connect: Callable[[], Connection]) -> CleanUp:
+def clean_up(options: CleanUpOptions, query: Callable[[], Cloud]) -> CleanUp:
     """Run one pass. Raises LnImagesError if the directories cannot be opened.
 
-    Every other error of the cloud is in the pass: bases that are needed are restored nevertheless.
+    ``query`` queries the cloud. If it raises LnImagesError, that is the error of the pass, and the
+    bases that reports name are restored nevertheless.
     """
     started_at, start = datetime.now(UTC), time.monotonic()
     with Store(options.images_dir, options.cache_dir) as store:
@@ -96,9 +94,7 @@ def clean_up(options: CleanUpOptions, connect: Callable[[], Connection]) -> Clea
         evidence = gather(
             clock=clock,
             reports=reports,
-            connect=connect,
-            admin_role=options.admin_role,
-            region_names=options.region_names,
+            query=query,
             policy=options.policy,
             bases=bases,
             ids_in_store=found.unsettled,
@@ -124,7 +120,8 @@ def clean_up(options: CleanUpOptions, connect: Callable[[], Connection]) -> Clea
         error=_find_most_severe(errors),
         extra={"nodes": [node_document(node) for node in nodes]},
     )
-    return CleanUp(pass_, nodes, evidence.situation.blocker)
+    has_no_marks = any(result.verdict.reason is Reason.NO_MARKS for result in results)
+    return CleanUp(pass_, nodes, evidence.situation.blocker is not None or has_no_marks)
 
 
 def _find_named(store: Store, found: Scan, reports: Reports) -> list[Base]:

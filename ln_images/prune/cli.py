@@ -99,9 +99,10 @@ def main(
     status = logs.set_up("ln-images-prune", common.log_file, common.verbose, common.quiet)
     # What a pass needs is imported only now, so that --help is quick.
     from ln_images.prune.clean_up import CleanUpOptions, clean_up
+    from ln_images.prune.evidence import Cloud, query_cloud
     from ln_images.prune.nodes import list_prune_metrics, nodes_table
     from ln_images.prune.rules import Policy
-    from ln_images.session import Connection, connect
+    from ln_images.session import connect
 
     options = CleanUpOptions(
         images_dir=common.images_dir,
@@ -113,24 +114,23 @@ def main(
             ignored_hosts=frozenset(ignored_hosts),
             unmarked=unmarked,
         ),
-        region_names=region_names,
-        admin_role=common.admin_role,
         dry_run=dry_run,
         lock_wait=common.timeout,
     )
     metrics = MetricsWriter(common, Command.PRUNE, dry_run)
 
-    def connect_once() -> Connection:
-        return connect(os.environ, common.timeout, common.os_cloud)
+    def query() -> Cloud:
+        connection = connect(os.environ, common.timeout, common.os_cloud)
+        return query_cloud(connection, common.admin_role, region_names)
 
     try:
-        result = clean_up(options, connect_once)
+        result = clean_up(options, query)
     except LnImagesError as error:
         metrics.write(error.exit_code, None, [])
         raise
     pass_ = result.pass_
     status = most_severe(status, report.exit_status(pass_))
     print_report(pass_, status, common, common.verbose, preface=nodes_table(result.nodes))
-    prune_metrics = list_prune_metrics(pass_, result.nodes, result.blocker is not None)
+    prune_metrics = list_prune_metrics(pass_, result.nodes, result.is_blocked)
     status = metrics.write(status, pass_.duration, prune_metrics)
     context.exit(status)

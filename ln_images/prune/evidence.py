@@ -6,8 +6,9 @@ names is restored even if neither Nova nor Glance can be queried.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ln_images.glance import Glance
 from ln_images.model import (
@@ -46,7 +47,7 @@ class Images:
     comes from one spelling of the id.
     """
 
-    def __init__(self, images: Collection[Image]) -> None:
+    def __init__(self, images: Iterable[Image]) -> None:
         self._statuses: dict[str, str] = {}
         for image in images:
             status = image.status or "unknown"
@@ -60,44 +61,77 @@ class Images:
         return by_id or self._statuses.get(base.name)
 
 
+class Cloud(NamedTuple):
+    """What the services of the cloud answer.
+
+    ``images`` are all that Glance lists, by id. ``has_image`` queries it for one image, and raises
+    LnImagesError if that is not possible.
+    """
+
+    hosts: Sequence[ComputeHost]
+    images: Mapping[str, Image]
+    has_image: Callable[[str], bool]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """All that was gathered. ``hosts`` is None if Nova could not be queried.
+    """All that was gathered. ``cloud`` is None if it could not be queried.
 
-    ``has_image`` queries Glance for one image.
+    ``errors`` are why a part is missing. Then the situation has a blocker.
     """
 
     clock: Clock
     reports: Reports
     images: Images
     situation: Situation
-    has_image: Callable[[str], bool]
-    hosts: Sequence[ComputeHost] | None = None
+    cloud: Cloud | None
     errors: Sequence[LnImagesError] = ()
+
+    @property
+    def hosts(self) -> Sequence[ComputeHost]:
+        """The compute hosts that Nova knows; none if it did not answer."""
+        return [] if self.cloud is None else self.cloud.hosts
+
+    def has_image(self, image_id: str) -> bool:
+        """Return whether Glance, queried for this one image, has it. Raises LnImagesError."""
+        return self.cloud is None or self.cloud.has_image(image_id)
+
+    def has_time_to_query(self) -> bool:
+        """Return whether there is time to query Glance for one more image."""
+        return self.clock.age() < _QUERY_SECONDS
 
     def with_error(self, error: LnImagesError) -> "Evidence":
         """Return this evidence, of which a part has failed now, so that nothing may go."""
         situation = replace(self.situation, blocker=error.message)
         return replace(self, situation=situation, errors=[*self.errors, error])
 
-    def has_time_to_query(self) -> bool:
-        """Return whether there is time to query Glance for one more image."""
-        return self.clock.age() < _QUERY_SECONDS
+
+def query_cloud(connection: Connection, admin_role: str, region_names: Sequence[str]) -> Cloud:
+    """Query Glance and Nova. Raises LnImagesError if one of them cannot be queried."""
+    if not connection.has_role(admin_role):
+        raise ConfigurationError(
+            f"the credential does not have the role {admin_role}, so Glance hides images from it;"
+            " use another credential, or name the role with --admin-role"
+        )
+    glance = Glance(connection, admin_role)
+    return Cloud(
+        hosts=list_hosts(connection, region_names),
+        images=glance.list_all(),
+        has_image=glance.has_image,
+    )
 
 
 def gather(
     *,
     clock: Clock,
     reports: Reports,
-    connect: Callable[[], Connection],
-    admin_role: str,
-    region_names: Sequence[str],
+    query: Callable[[], Cloud],
     policy: Policy,
     bases: Sequence[Base],
     ids_in_store: Collection[str],
     now: float,
 ) -> Evidence:
-    """Query Nova and Glance, and return all evidence. ``now`` is in seconds since the epoch.
+    """Query the cloud, and return all evidence. ``now`` is in seconds since the epoch.
 
     The directories and the reports were read before. A failure is in ``errors`` and blocks.
     """
@@ -108,32 +142,28 @@ def gather(
         )
         for host in sorted(policy.ignored_hosts & reports.hosts)
     ]
-    images: Mapping[str, Image] = {}
-    hosts: Sequence[ComputeHost] | None = None
-    has_image: Callable[[str], bool] = _refuse_query
+    cloud: Cloud | None = None
     try:
-        connection = connect()
-        glance = Glance(connection, admin_role)
-        images = _list_images(glance, admin_role, bases, ids_in_store)
-        has_image = glance.has_image
-        hosts = list_hosts(connection, region_names)
+        answers = query()
+        _refuse_other_cloud(answers.images, bases, ids_in_store)
+        cloud = answers
     except LnImagesError as error:
         errors.append(error)
     blockers = [error.message for error in errors]
-    if hosts is not None:
-        blockers += list_blockers(hosts, reports, policy, now)
-    begun = {
-        host.name: reports.readable[host.name].begun
-        for host in hosts or ()
-        if host.name in reports.readable
-    }
+    begun: dict[str, float] = {}
+    if cloud is not None:
+        blockers += list_blockers(cloud.hosts, reports, policy, now)
+        begun = {
+            host.name: reports.readable[host.name].begun
+            for host in cloud.hosts
+            if host.name in reports.readable
+        }
     return Evidence(
         clock=clock,
         reports=reports,
-        images=Images(images.values()),
+        images=Images(cloud.images.values() if cloud is not None else ()),
         situation=Situation(blocker=summarize(blockers), reports_begun=begun),
-        has_image=has_image,
-        hosts=hosts,
+        cloud=cloud,
         errors=errors,
     )
 
@@ -146,20 +176,10 @@ def summarize(blockers: Sequence[str]) -> str | None:
     return f"{blockers[0]}{more}"
 
 
-def _refuse_query(image_id: str) -> bool:
-    raise AssertionError(f"Glance is not queried for {image_id} while the clean-up is blocked")
-
-
-def _list_images(
-    glance: Glance, admin_role: str, bases: Sequence[Base], ids_in_store: Collection[str]
-) -> Mapping[str, Image]:
-    """Return every image. Raises ConfigurationError if they cannot be those of this store."""
-    if not glance.connection.has_role(admin_role):
-        raise ConfigurationError(
-            f"the credential does not have the role {admin_role}, so Glance hides images from it;"
-            " use another credential, or name the role with --admin-role"
-        )
-    images = glance.list_all()
+def _refuse_other_cloud(
+    images: Mapping[str, Image], bases: Sequence[Base], ids_in_store: Collection[str]
+) -> None:
+    """Raise ConfigurationError if Glance's images cannot be those of this store."""
     marked_ids = {base.image_id for base in bases if base.image_id is not None}
     if ids_in_store and not images.keys() & {*ids_in_store, *marked_ids}:
         raise ConfigurationError(
@@ -172,4 +192,3 @@ def _list_images(
             "Glance has active images and none of them has a file here; mount the volume of the"
             " store, or correct --images-dir"
         )
-    return images

@@ -32,10 +32,10 @@ class Node(NamedTuple):
 
 
 def list_nodes(
-    hosts: Sequence[ComputeHost] | None, reports: Reports, policy: Policy, now: float
+    hosts: Sequence[ComputeHost], reports: Reports, policy: Policy, now: float
 ) -> list[Node]:
-    """Return the hosts that Nova knows or that report. ``hosts`` is None if Nova did not answer."""
-    names = {host.name for host in hosts or ()} - policy.ignored_hosts
+    """Return the nodes: the compute hosts that Nova knows, and those that report."""
+    names = {host.name for host in hosts} - policy.ignored_hosts
     return [_node(name, reports, policy, now) for name in sorted(names | reports.hosts)]
 
 
