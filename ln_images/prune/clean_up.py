@@ -35,7 +35,6 @@ from ln_images.prune.nodes import Node, list_nodes, node_document
 from ln_images.prune.reports import Reports, read_reports
 from ln_images.prune.rules import (
     TAKES,
-    Action,
     Decision,
     Facts,
     Policy,
@@ -177,7 +176,7 @@ def _decide(store: Store, base: Base, evidence: Evidence, policy: Policy) -> Dec
     except OSError as error:
         return Decision(judge_error(error, is_root=os.geteuid() == 0))
     decision = decide(facts, evidence.situation, policy, now)
-    if decision.action not in (Action.RETIRE, Action.REMOVE) or base.image_id is None:
+    if decision.action not in TAKES or base.image_id is None:
         return decision
     # An image that is in no list may exist all the same.
     if not evidence.has_time_to_query():

@@ -685,6 +685,4 @@ class Bases(RuleBasedStateMachine):
 
 
 TestBases = Bases.TestCase
-TestBases.settings = settings(
-    max_examples=int(os.environ.get("EX", "60")), stateful_step_count=40, deadline=None
-)
+TestBases.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
