@@ -75,15 +75,14 @@ class CleanUp(NamedTuple):
     is_blocked: bool
 
 
-def clean_up(options: CleanUpOptions, query: Callable[[], Cloud]) -> CleanUp:
+def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], clock: Clock) -> CleanUp:
     """Run one pass. Raises LnImagesError if the directories cannot be opened.
 
-    ``query`` queries the cloud. If it raises LnImagesError, that is the error of the pass, and the
+    ``clock`` has just been started. ``query`` queries the cloud. If it raises LnImagesError, that is the error of the pass, and the
     bases that reports name are restored nevertheless.
     """
     started_at, start = datetime.now(UTC), time.monotonic()
     with Store(options.images_dir, options.cache_dir) as store:
-        clock = Clock()
         # The reports are read before the cache is scanned: what they name was there before.
         reports = read_reports(options.reports_dir)
         found = scan(store, policy=None)

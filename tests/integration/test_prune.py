@@ -338,8 +338,8 @@ def test_an_endpoint_override_is_honoured(node: Node, nova: Compute, reports: Pa
     """It takes the place of the catalog's endpoint in the region of the openrc."""
     idle = orphan(node, unused_since=1.0)
     with Compute(*HOSTS) as other:
-        variables = {"OS_COMPUTE_ENDPOINT_OVERRIDE": other.url}
-        assert prune(node, reports, **variables) == {idle.name: ("retired", "unused")}
+        variables: dict[str, str | None] = {"OS_COMPUTE_ENDPOINT_OVERRIDE": other.url}
+        assert prune(node, reports, status=0, **variables) == {idle.name: ("retired", "unused")}
         assert other.asked
     assert not nova.asked
 
@@ -594,8 +594,11 @@ def test_a_file_system_without_attributes_has_no_clean_up(
         (cache / NAME).write_bytes(DATA)
         (cache / f"{other}.retired").write_bytes(DATA)
         write_report(reports, "compute-1", other)
-        directories = {"LN_IMAGES_IMAGES_DIR": str(images), "LN_IMAGES_CACHE_DIR": str(cache)}
-        found = prune(node, reports, "--unmarked", **directories)
+        directories: dict[str, str | None] = {
+            "LN_IMAGES_IMAGES_DIR": str(images),
+            "LN_IMAGES_CACHE_DIR": str(cache),
+        }
+        found = prune(node, reports, "--unmarked", status=0, **directories)
         assert found == {NAME: ("kept", "no_marks"), other: ("restored", "in_use")}
         warning = stderr(node, reports, "--unmarked", status=0, **directories)
         assert "keeps no extended attributes, so there is no clean-up" in warning
@@ -676,6 +679,12 @@ def test_actions_rename_mark_and_remove(place: Path) -> None:
     assert list((place / "cache").iterdir()) == []
 
 
+def replace_by_fifo(entry: Path) -> None:
+    """Put a FIFO in a base's place."""
+    entry.unlink()
+    os.mkfifo(entry)
+
+
 @pytest.mark.parametrize("action", [Action.RESTORE, Action.REMOVE, Action.RETIRE, Action.SET_MARK])
 @pytest.mark.parametrize(
     "happen",
@@ -689,7 +698,7 @@ def test_actions_rename_mark_and_remove(place: Path) -> None:
         pytest.param(
             lambda entry: (entry.unlink(), entry.symlink_to("x")), id="it is a symbolic link"
         ),
-        pytest.param(lambda entry: (entry.unlink(), os.mkfifo(entry)), id="it is a FIFO"),
+        pytest.param(replace_by_fifo, id="it is a FIFO"),
         pytest.param(lambda entry: os.removexattr(entry, IMAGE_ID_MARK), id="its mark is gone"),
     ],
 )

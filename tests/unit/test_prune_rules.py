@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from ln_images.model import Base, File, Image, Marks, Outcome, Owner, Reason, cache_name
 from ln_images.prune.clean_up import CleanUpOptions, clean_up
-from ln_images.prune.evidence import Cloud
+from ln_images.prune.evidence import Clock, Cloud
 from ln_images.prune.nova import ComputeHost
 from ln_images.prune.reports import Report, Reports
 from ln_images.prune.rules import (
@@ -657,7 +657,7 @@ class Bases(RuleBasedStateMachine):
         images = {
             image: Image(id=image, status=status) for image, status in self.world.in_glance.items()
         }
-        result = clean_up(options, lambda: Cloud(hosts, images, images.__contains__))
+        result = clean_up(options, lambda: Cloud(hosts, images, images.__contains__), Clock())
         return {each.cache_name: each.verdict.outcome for each in result.pass_.results}
 
     def _end(self) -> None:
