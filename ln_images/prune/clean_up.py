@@ -78,8 +78,8 @@ class CleanUp(NamedTuple):
 def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], clock: Clock) -> CleanUp:
     """Run one pass. Raises LnImagesError if the directories cannot be opened.
 
-    ``clock`` has just been started. ``query`` queries the cloud. If it raises LnImagesError, that is the error of the pass, and the
-    bases that reports name are restored nevertheless.
+    ``clock`` has just been started. ``query`` queries the cloud. If it raises LnImagesError, that
+    is the error of the pass, and the bases that reports name are restored nevertheless.
     """
     started_at, start = datetime.now(UTC), time.monotonic()
     with Store(options.images_dir, options.cache_dir) as store:
