@@ -18,9 +18,11 @@ TEST = [
     "coverage>=7.10",
     "hypothesis>=6.90",
     "jsonschema>=4.20",
+    "oslo.config>=9.0",
     "pytest>=8.0",
     "pytest-xdist>=3.5",
     "requests>=2.28",
+    "vermin>=1.6",
 ]
 
 setup(
