@@ -28,6 +28,7 @@ cloud: $(VENV)/installed $(CLOUD)/installed $(OPENSTACK)/installed
 tools:
 	@tests/need.sh "command -v qemu-img" qemu-utils
 	@[ "$$(id -u)" != 0 ] || tests/need.sh "ls /sbin/mkfs.xfs /sbin/mkfs.ext4" xfsprogs e2fsprogs
+	@[ "$$(id -u)" != 0 ] || tests/need.sh "command -v bindfs" bindfs
 
 test: lint tools $(CLOUD)/installed
 	$(VENV)/bin/coverage erase

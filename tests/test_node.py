@@ -139,6 +139,9 @@ class ComputeNode:
             path.mkdir(parents=True)
         (folder / "bin" / "nova-compute").write_text(FAKE_NOVA)
         (self.etc / "machine-id").write_text("c0ffee\n")
+        (self.etc / "passwd").write_text(
+            f"root:x:0:0::/root:/bin/sh\nnova:x:{NOVA}:{NOVA}::/:/bin/false\n"
+        )
         self.configure()
         os.mkfifo(folder / "ready")
         (folder / "ready").chmod(0o666)
@@ -166,12 +169,14 @@ class ComputeNode:
         variables: Mapping[str, str] | None = None,
         local: bool = True,
         prefix: str = "",
+        unquoted: str = "",
     ) -> Run:
         """Run the tool with --json in new namespaces.
 
         `before` are commands that run before nova-compute starts, and `after` before the tool does,
         where $NOVA is the id of nova-compute. `nova` are the arguments of nova-compute, or None if
-        it does not run. `prefix` goes before the tool's command.
+        it does not run. `prefix` goes before the tool's command, and `unquoted` are options in which
+        the shell replaces variables.
         """
         options = ["--json", *(["--local"] if local else []), *arguments]
         return self.run_as_is(
@@ -182,6 +187,7 @@ class ComputeNode:
             python=python,
             variables=variables,
             prefix=prefix,
+            unquoted=unquoted,
         )
 
     def run_as_is(
@@ -193,6 +199,7 @@ class ComputeNode:
         python: str = sys.executable,
         variables: Mapping[str, str] | None = None,
         prefix: str = "",
+        unquoted: str = "",
     ) -> Run:
         """Run the tool with exactly these options, read from standard input."""
         lines = [
@@ -208,7 +215,7 @@ class ComputeNode:
             command = f"{shlex.join(words)} {nova} & NOVA=$!"
             lines += [command, f"read -r started < {self.folder}/ready || true"]
         lines += after
-        lines.append(f"{prefix} {python} - {shlex.join(options)} < {TOOL}")
+        lines.append(f"{prefix} {python} - {shlex.join(options)} {unquoted} < {TOOL}")
         script = self.folder / "script"
         script.write_text("\n".join(lines))
         return Run(
@@ -497,7 +504,7 @@ def test_without_nova_compute_the_files_count_for_paths_only(node: ComputeNode) 
     node.add_disk(base=node.add_base())
     run = node.run("--report", nova=None)
     assert run.state("remove_unused_base_images") == "unknown"
-    assert run.check("remove_unused_base_images")["fix"] == "start nova-compute"
+    assert run.check("remove_unused_base_images")["fix"].startswith("start nova-compute")
     assert run.report["complete"]
     assert json.loads(node.report_path.read_text())["bases"] == [BASE]
 
@@ -582,9 +589,23 @@ def test_several_nova_computes(node: ComputeNode) -> None:
     run = node.run(after=after)
     assert run.status == 2
     assert run.errors.startswith("ln-images-node: nova-compute: several run here (")
-    chosen = node.run_as_is("--json", "--local", after=[*after, "set -- --pid $NOVA"])
-    assert chosen.status == 2
+    chosen = node.run(after=after, unquoted="--pid $SECOND")
+    assert chosen.state("configuration") == "ok"
     assert node.run("--pid", "1").errors.startswith("ln-images-node: --pid 1: ")
+
+
+def test_somebody_elses_nova_compute(node: ComputeNode) -> None:
+    """A user of this machine cannot have root read a configuration and report in a host's name."""
+    evil = node.folder / "evil.conf"
+    evil.write_text(f"[DEFAULT]\nhost = victim\ninstances_path = {node.folder}/evil\n")
+    arguments = f"--as {QEMU} --config-file {evil}"
+    run = node.run("--report", nova=arguments)
+    assert run.report["host"] == "compute-1"
+    assert run.state("configuration") == "unknown"
+    run = node.run("--user", str(QEMU), nova=arguments)
+    assert run.report["host"] == "victim"
+    run = node.run(nova=arguments, unquoted="--pid $NOVA")
+    assert run.report["host"] == "victim"
 
 
 def test_host_that_cannot_be_a_file_name(node: ComputeNode) -> None:
@@ -1019,7 +1040,8 @@ def test_links_owned_by_qemu(node: ComputeNode, text: str) -> None:
 
 def test_names_in_qemu_conf(node: ComputeNode) -> None:
     """Names are looked up on this node."""
-    (node.etc / "passwd").write_text(f"root:x:0:0::/root:/bin/sh\nqq:x:{QEMU}:1::/:/bin/false\n")
+    with (node.etc / "passwd").open("a") as users:
+        users.write(f"qq:x:{QEMU}:1::/:/bin/false\n")
     (node.etc / "group").write_text(f"root:x:0:\nqq:x:{QEMU}:\n")
     write_qemu_conf(node, 'user = "qq"\ngroup = "qq"\n')
     add_link(node, QEMU)
@@ -1199,6 +1221,26 @@ def test_a_base_with_content_of_a_tenant(node: ComputeNode) -> None:
     run = node.run()
     assert run.report["bases"] == [BASE]
     assert run.report["complete"]
+
+
+def test_bases_above_a_file_that_cannot_be_read(node: ComputeNode) -> None:
+    """If a chain cannot be followed to its end, the bases that it names until there are in use."""
+    (node.base / BASE).mkdir()
+    node.add_disk()
+    run = node.run()
+    assert run.report["bases"] == [BASE]
+    assert f"{BASE}: it is not a regular file" in run.report["incomplete_because"]
+
+
+def test_chains_that_are_too_long(node: ComputeNode) -> None:
+    """A chain of files that does not end within limits makes the report incomplete."""
+    node.add_base()
+    previous = node.base / BASE
+    for number in range(tool.MAX_CHAIN + 1):
+        path = node.add_disk(name=f"layer{number:03}", base=previous, info=None)
+        previous = Path(path.name)
+    node.add_disk(base=previous)
+    assert "longer than 200" in node.run().report["incomplete_because"]
 
 
 def test_huge_disks(node: ComputeNode) -> None:
