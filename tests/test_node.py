@@ -220,7 +220,7 @@ class ComputeNode:
         script.write_text("\n".join(lines))
         return Run(
             subprocess.run(
-                ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "bash", script],
+                ["unshare", "--mount", "--pid", "--kill-child", "--mount-proc", "bash", script],
                 env={"PATH": f"{self.folder}/bin:{os.environ['PATH']}"},
                 capture_output=True,
                 text=True,
