@@ -399,7 +399,7 @@ def test_only_compressed_containers_are_skipped(container_format: str | None) ->
 
 
 def test_an_image_that_is_signed_after_linking_is_refused() -> None:
-    """A signature that arrives after the link is reported; before the link, the image is skipped."""
+    """A signature that arrives after the link is reported; before it, the image is skipped."""
     signed = replace(IMAGE, signed=True)
     linked = decide(signed, Facts(FILE, LINK), POLICY, NOW)
     assert linked.action is None
