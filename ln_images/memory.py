@@ -64,6 +64,7 @@ class StandingProblems:
 
         After a partial pass, the problems of all other images still stand.
         """
+        results = list(results)
         problems = [result for result in results if result.verdict.outcome in self._LOGGED]
         new = [
             problem
@@ -71,7 +72,11 @@ class StandingProblems:
             if self._standing.get(problem.cache_name) != problem.verdict
         ]
         standing = {problem.cache_name: problem.verdict for problem in problems}
-        self._standing = self._standing | standing if partial else standing
+        if partial:
+            covered = {result.cache_name for result in results}
+            others = {name: old for name, old in self._standing.items() if name not in covered}
+            standing |= others
+        self._standing = standing
         return new
 
 
@@ -108,7 +113,10 @@ class RemovedLinks:
 
 
 class LogOnChange:
-    """Logs a line that every pass would repeat only if it differs from the one before."""
+    """Logs a line that every pass would repeat only if it differs from the one before.
+
+    When there is nothing to log any more, the log file gets a line that says what is over.
+    """
 
     def __init__(self, logger: logging.Logger, level: int) -> None:
         self._logger = logger
@@ -116,8 +124,10 @@ class LogOnChange:
         self._line: str | None = None
 
     def log(self, line: str | None) -> None:
-        """Log ``line``, or remember that there is nothing to log."""
-        if line is not None and line != self._line:
+        """Log ``line``, or that the one before is over if there is nothing to log."""
+        if line is None and self._line is not None:
+            self._logger.info("over: %s", self._line)
+        elif line is not None and line != self._line:
             self._logger.log(self._level, "%s", line)
         self._line = line
 
