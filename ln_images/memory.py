@@ -80,6 +80,20 @@ class StandingProblems:
         return new
 
 
+class NewRepairs:
+    """Remembers which links were repaired, so that each is logged once in a process."""
+
+    def __init__(self) -> None:
+        self._repaired: set[str] = set()
+
+    def list_new(self, results: Iterable[Result]) -> list[Result]:
+        """Return the results of links that were repaired for the first time in this process."""
+        repaired = [result for result in results if result.verdict.outcome is Outcome.REPAIRED]
+        new = [result for result in repaired if result.cache_name not in self._repaired]
+        self._repaired.update(result.cache_name for result in new)
+        return new
+
+
 class RepeatedRepairs:
     """Notices when a link is repaired again and again."""
 

@@ -1,7 +1,7 @@
 """The two directories: Glance's store and Nova's cache.
 
-This module takes the lock, scans both directories, collects facts about one image, and links or
-repairs it. It decides nothing: ``rules.py`` does. It has no call that could rename or remove a file.
+This module takes the lock, lists both directories, collects facts about one image, and links or
+repairs it. It decides nothing: ``rules.py`` does. It has no call that renames or removes a file.
 
 It works through descriptors: both directories are opened once, and the file that is linked is the
 file that was opened and checked, whatever its name has become meanwhile. Every entry of the cache
