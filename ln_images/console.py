@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ln_images import report
+from ln_images import interrupts, report
 from ln_images.memory import LogOnChange
 from ln_images.metrics import Metric, Textfile
 from ln_images.model import Command, ConfigurationError, Pass
@@ -83,7 +83,9 @@ class MetricsWriter:
         if self._textfile is None:
             return status
         try:
-            self._textfile.write(status, time.time(), duration, metrics)
+            # A signal would leave prometheus-client's temporary file behind.
+            with interrupts.held_back():
+                self._textfile.write(status, time.time(), duration, metrics)
         except ConfigurationError as error:
             self._failure.log(error.message)
             return most_severe(status, error.exit_code)

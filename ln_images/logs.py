@@ -48,7 +48,7 @@ def set_up(program: str, log_file: str | None, verbose: bool, quiet: bool) -> in
             f"--log-file {log_file}: {error.strerror}; name a file in a directory that exists"
         ) from None
     except OSError as error:
-        LOG.error("--log-file %s: %s; nothing is logged there", log_file, error.strerror)
+        LOG.error("--log-file %s: %s; name a file that can be written", log_file, error.strerror)
         return ConfigurationError.exit_code
     # It was opened to see that it can be.
     handler.close()
@@ -75,7 +75,7 @@ def _log_bug(
 ) -> None:
     """Log an exception that nothing expected; Python ends the process with status 1 then."""
     LOG.error(
-        "a bug: unexpected %s; report it with the traceback that the log file has and -v prints",
+        "a bug: unexpected %s; report it with its traceback, which -v prints and --log-file keeps",
         kind.__name__,
         exc_info=(kind, error, traceback),
     )
@@ -134,7 +134,10 @@ class _LogFile(logging.handlers.RotatingFileHandler):
         if not self._has_failed:
             self._has_failed = True
             error = sys.exc_info()[1]
-            LOG.error("--log-file %s: %s; nothing is logged there", self.baseFilename, error)
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            LOG.error(
+                "--log-file %s: %s; name a file that can be written", self.baseFilename, reason
+            )
 
 
 def _open_private(path: str, flags: int) -> int:

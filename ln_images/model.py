@@ -307,6 +307,10 @@ class Reclaimable:
     unmarked: DiskUsage = field(default_factory=DiskUsage)
     retired: DiskUsage = field(default_factory=DiskUsage)
 
+    def by_kind(self) -> dict[str, DiskUsage]:
+        """Return the disk usage under the name that reports and metrics have for its kind."""
+        return {"orphans": self.orphans, "unmarked": self.unmarked, "retired": self.retired}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkPolicy:
