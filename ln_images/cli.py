@@ -52,11 +52,20 @@ def _moved_option(name: str, command: str) -> Callable[[Any], Any]:
     """Return a decorator for an option of 0.2.0 that names the command that has replaced it."""
 
     def refuse(context: click.Context, _: click.Parameter, value: Any) -> None:
-        if value:
+        if value is not None:
             raise click.UsageError(f"{name} is gone; use the command {command}", context)
 
+    # Some of them had a value. With ``flag_value``, the value may be missing.
     return click.option(
-        name, hidden=True, is_flag=True, expose_value=False, is_eager=True, callback=refuse
+        name,
+        hidden=True,
+        flag_value="",
+        expose_value=False,
+        is_eager=True,
+        callback=refuse,
+        type=str,
+        is_flag=False,
+        default=None,
     )
 
 
