@@ -254,7 +254,7 @@ class _Passes:
         A token can be revoked while it is in use, so the first refusal after a good pass is
         followed by a try with a new token.
         """
-        from ln_images.session import RefusedCredentialsError
+        from ln_images.errors import RefusedCredentialsError
 
         if isinstance(error, TemporaryError):
             return True
