@@ -19,6 +19,8 @@ fi
 "$here/../../../tools/need.sh" "command -v qemu-system-x86_64 && command -v qemu-img" qemu-system-x86 qemu-utils
 "$here/../../../tools/need.sh" "command -v rabbitmq-server && command -v mariadbd && command -v sudo" \
     rabbitmq-server mariadb-server sudo
+"$here/../../../tools/need.sh" "test -x /usr/sbin/sshd && command -v ssh-keygen && command -v scp" \
+    openssh-server openssh-client
 "$here/../../../tools/need.sh" "command -v syslinux && command -v mcopy && command -v mkfs.vfat && test -x /bin/busybox" \
     syslinux mtools dosfstools busybox-static
 # The kernel that the guests boot is taken out of its package: installed, it would become this machine's own.

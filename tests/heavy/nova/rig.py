@@ -33,10 +33,13 @@ from support.cloud import PASSWORD, REGION, ROOT, Cloud, wait_until
 # What let this module be found is not for the servers.
 os.environ.pop("PYTHONPATH", None)
 COMMAND = Path(sys.executable).with_name("ln-images")
+PRUNE = Path(sys.executable).with_name("ln-images-prune")
+NODE_TOOL = ROOT / "tools" / "ln-images-node"
 # On Debian libvirt runs QEMU as this user and gives it the disks, bases included.
 OWNER = "libvirt-qemu:libvirt-qemu"
 GLANCE = Path("/var/lib/glance")
 CACHE = GLANCE / "imagecache"
+LOCKS = GLANCE / "locks"
 STATE = Path("/var/lib/nova")
 BASE = STATE / "instances" / "_base"
 LOGS = Path("/var/log/rig")
@@ -163,16 +166,26 @@ class Node:
         lines += [f"[{section}]\n{text}\n" for section, text in self.settings.items()]
         (Path("/etc/nova") / f"{self.name}.conf").write_text("".join(lines))
         self._last_seen = (self._service() or {}).get("updated_at")
-        files = (
-            "--config-file",
-            "/etc/nova/nova.conf",
-            "--config-file",
-            f"/etc/nova/{self.name}.conf",
-        )
+        self._spawn_compute(self.nova_arguments())
+
+    def nova_arguments(self, *more: str) -> tuple[str, ...]:
+        """Return the arguments of this node's nova-compute, and ``more``."""
+        own = f"/etc/nova/{self.name}.conf"
+        return ("--config-file", "/etc/nova/nova.conf", "--config-file", own, *more)
+
+    def restart_with_arguments(self, *arguments: str) -> None:
+        """Start nova-compute anew with other arguments; :meth:`runs_with` undoes that."""
+        self.stop()
+        self._force_down(False)
+        self.settings = {"other": "arguments"}
+        self._last_seen = (self._service() or {}).get("updated_at")
+        self._spawn_compute(arguments)
+
+    def _spawn_compute(self, arguments: tuple[str, ...]) -> None:
         self._compute = self.rig.spawn(
             f"{self.name}-nova-compute",
             *(*self._entered(), "setpriv", "--reuid=nova", "--regid=nova", "--init-groups"),
-            *(str(NOVA / "bin/python"), str(NOVA / "bin/nova-compute"), *files),
+            *(str(NOVA / "bin/python"), str(NOVA / "bin/nova-compute"), *arguments),
         )
         wait_until(self._up, f"{self.name}", START_SECONDS)
 
@@ -206,6 +219,25 @@ class Node:
         """What the server has printed since it was last started."""
         path = self.instances / server / "console.log"
         return path.read_text(errors="replace").replace("\r", "") if path.exists() else ""
+
+    def check(self, *arguments: str, status: int = 0) -> dict[str, Any]:
+        """Run ln-images-node here, and return its report.
+
+        The mounts of the rig are bind mounts, so it is an all-in-one node for the command.
+        """
+        command = [*self._entered(), "python3", str(NODE_TOOL), "--local", "--json", *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == status, (run.returncode, run.stdout, run.stderr)
+        report: dict[str, Any] = json.loads(run.stdout)
+        return report
+
+    def wrong_checks(self) -> list[str]:
+        """Return the names of the checks that ln-images-node finds WRONG here."""
+        command = [*self._entered(), "python3", str(NODE_TOOL), "--local", "--json"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode in (0, 1), run.stderr
+        checks = json.loads(run.stdout)["checks"]
+        return [check["name"] for check in checks if check["state"] == "WRONG"]
 
     def chain(self, server: str, disk: str = "disk") -> list[dict[str, Any]]:
         """What ``qemu-img info`` says of a server's disk and of every file that backs it."""
@@ -246,25 +278,46 @@ class Node:
         return ("nsenter", f"--target={self._home.pid}", "--mount", "--uts")
 
     def _set_up(self) -> None:
-        for directory in (self.state, self.instances, self.instances / "_base"):
+        locks = self.instances / "locks"
+        for directory in (self.state, self.instances, self.instances / "_base", locks):
             directory.mkdir()
             shutil.chown(directory, "nova", "nova")
         with Path("/etc/hosts").open("a") as hosts:
             hosts.write(f"{self.address} {self.name}\n")
         self.run("hostname", self.name)
         self.run("mount", "--bind", str(self.state), str(STATE))
-        # What an NFS mount is in production.
+        # In production these are NFS mounts.
         self.run("mount", "--bind", str(CACHE), str(BASE))
+        self.run("mount", "--bind", str(LOCKS), str(STATE / "instances" / "locks"))
         for private in ("/run/libvirt", "/var/lib/libvirt/qemu", "/etc/libvirt/qemu"):
             self.run("mkdir", "--parents", private)
             self.run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", private)
         for daemon in ("virtlogd", "libvirtd"):
             command = (*self._entered(), daemon, "--pid-file", f"/run/libvirt/{daemon}.pid")
             self.rig.spawn(f"{self.name}-{daemon}", *command)
+        self._start_sshd()
         wait_until(
             lambda: self.run("sh", "-c", "ls /run/libvirt/libvirt-sock", check=False),
             "libvirtd",
             60,
+        )
+
+    def _start_sshd(self) -> None:
+        """Start an SSH server on the node's address: Nova copies disks over SSH in a migration."""
+        ssh = self.state / ".ssh"
+        shutil.copytree(self.rig.directory / "ssh", ssh)
+        _run("chown", "--recursive", "nova:nova", str(ssh))
+        options = (
+            f"ListenAddress={self.address}",
+            f"HostKey={self.rig.directory}/ssh/id_ed25519",
+            "StrictModes=no",
+            "UsePAM=no",
+            "PidFile=none",
+        )
+        arguments = [argument for option in options for argument in ("-o", option)]
+        self.run("mkdir", "--parents", "/run/sshd")
+        self.rig.spawn(
+            f"{self.name}-sshd", *self._entered(), "/usr/sbin/sshd", "-D", "-e", *arguments
         )
 
     def _service(self) -> dict[str, Any] | None:
@@ -286,6 +339,12 @@ class Node:
         # What was seen of a nova-compute that has been ended since says nothing of this one.
         seen = service and service["state"] == "up" and service["updated_at"] != self._last_seen
         return bool(seen) and self.name in {each["hypervisor_hostname"] for each in hypervisors}
+
+    def delete_service(self) -> None:
+        """Delete the node in Nova, so that Nova no longer lists it."""
+        service = self._service()
+        assert service
+        self.rig.compute.delete(f"/os-services/{service['id']}")
 
     def _force_down(self, down: bool) -> None:
         service = self._service()
@@ -330,6 +389,16 @@ class Rig:
         """Starts one more compute node."""
         self.nodes.append(Node(self, len(self.nodes) + 1, **settings))
         return self.nodes[-1]
+
+    def remove_node(self, node: Node) -> None:
+        """Remove a compute node for good, with its servers, as an operator does."""
+        node.runs_with()
+        found = self.compute.get("/servers", params={"all_tenants": "1", "host": node.name})
+        self.delete(*[server["id"] for server in found.json()["servers"]])
+        node.stop()
+        node.delete_service()
+        (LOCKS / "ln-images" / f"{node.name}.json").unlink(missing_ok=True)
+        self.nodes.remove(node)
 
     def stop(self) -> None:
         """Ends what was started, the last first.
@@ -465,6 +534,20 @@ class Rig:
         document: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
         return document
 
+    def prune(self, *arguments: str, status: int = 0) -> dict[str, Any]:
+        """Run ln-images-prune with the defaults of production, and return its report."""
+        run = subprocess.run(
+            [PRUNE, "--format", "json", *arguments],
+            env=self.operator(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert run.returncode == status, (run.returncode, run.stdout, run.stderr)
+        document: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+        return document
+
     def operator(self) -> dict[str, str]:
         """The environment of the administrator's openrc."""
         kept = {key: value for key, value in os.environ.items() if key in ("PATH", "LANG")}
@@ -544,13 +627,23 @@ class Rig:
             str(STATE),
             "--groups",
             "libvirt,kvm",
+            # An account without a password; one that is locked cannot use SSH.
+            "--password",
+            "*",
             "nova",
         )
+        ssh = self.directory / "ssh"
+        ssh.mkdir()
+        key = ssh / "id_ed25519"
+        _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
+        shutil.copy(f"{key}.pub", ssh / "authorized_keys")
+        (ssh / "config").write_text("Host *\n  StrictHostKeyChecking no\n  LogLevel ERROR\n")
         (self.directory / "glance").mkdir()
         GLANCE.mkdir(exist_ok=True)
         _run("mount", "--bind", str(self.directory / "glance"), str(GLANCE))
-        CACHE.mkdir()
-        shutil.chown(CACHE, "nova", "nova")
+        for shared in (CACHE, LOCKS):
+            shared.mkdir()
+            shutil.chown(shared, "nova", "nova")
         for directory in ("/etc/nova", "/etc/placement", "/var/log/nova"):
             Path(directory).mkdir(exist_ok=True)
         shutil.chown("/var/log/nova", "nova", "nova")

@@ -13,13 +13,27 @@ from typing import Any
 from rig import COMMAND, Rig
 from support.cloud import ROOT, wait_until
 
+# A time long ago, and a cache manager that runs every 3 seconds.
+OLD = 1_000_000_000
+OFTEN = (
+    "manager_interval = 3\n"
+    "remove_unused_original_minimum_age_seconds = 1\n"
+    "remove_unused_base_images = "
+)
+
 
 def outcome(report: dict[str, Any], image: str) -> str:
     """What a pass said of one image."""
     return next((each["outcome"] for each in report["images"] if each["id"] == image), "not named")
 
 
-def told(command: str, values: Mapping[str, str]) -> str:
+def reason_code(report: dict[str, Any], image: str) -> str:
+    """Return the reason code of one image in a report."""
+    codes = [each["reason_code"] for each in report["images"] if each["id"] == image]
+    return str(codes[0]) if codes else "absent"
+
+
+def command_in_recovery(command: str, values: Mapping[str, str]) -> str:
     """The line of docs/recovery.md that begins with a command, with its placeholders filled in."""
     lines = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8").splitlines()
     found = next(
@@ -35,7 +49,8 @@ def told(command: str, values: Mapping[str, str]) -> str:
 def descriptor(rig: Rig, base: str) -> tuple[str, str]:
     """The process that has a base open and the number of its descriptor, as docs/recovery.md finds them."""
     found = re.search(
-        r"/proc/(\d+)/fd/(\d+) ", rig.node.run("sh", "-c", told("ls -l /proc", {"SHA1": base}))
+        r"/proc/(\d+)/fd/(\d+) ",
+        rig.node.run("sh", "-c", command_in_recovery("ls -l /proc", {"SHA1": base})),
     )
     assert found
     return found[1], found[2]
@@ -43,7 +58,7 @@ def descriptor(rig: Rig, base: str) -> tuple[str, str]:
 
 def reboot(rig: Rig, server: str) -> None:
     """Brings a server back, as docs/recovery.md says."""
-    rig.openstack(*told("openstack server reboot", {"SERVER": server}).split()[1:])
+    rig.openstack(*command_in_recovery("openstack server reboot", {"SERVER": server}).split()[1:])
     time.sleep(1)
     rig.wait(server, "ACTIVE")
 

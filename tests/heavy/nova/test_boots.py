@@ -11,7 +11,7 @@ import pytest
 
 from rig import AS_THEY_ARE, CACHE, CONVERTED, Rig
 from rig_fixtures import Disk
-from scenes import descriptor, fails, outcome, reboot, told, watching
+from scenes import command_in_recovery, descriptor, fails, outcome, reboot, watching
 from support.cloud import wait_until
 
 
@@ -112,7 +112,11 @@ def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, q
     said = next(each for each in rig.ln_images()["images"] if each["id"] == image)
     assert said["outcome"] == "occupied"
     assert "Nova's raw copy has the cache name" in said["reason"]
-    subprocess.run(told("mv SHA1 ", {"SHA1": rig.entry(image).name}).split(), cwd=CACHE, check=True)
+    subprocess.run(
+        command_in_recovery("mv SHA1 ", {"SHA1": rig.entry(image).name}).split(),
+        cwd=CACHE,
+        check=True,
+    )
     assert outcome(rig.ln_images(), image) == "linked"
     reboot(rig, server)
     assert rig.proof(server) == qcow2.md5
@@ -131,7 +135,11 @@ def test_a_server_built_on_a_raw_copy_lives_on_in_its_snapshot(rig: Rig, qcow2: 
     wait_until(lambda: rig.cloud.status(snapshot) == "active", "the snapshot", 120)
     rig.wait(built, "ACTIVE")
     rig.act(built, "os-stop", "SHUTOFF")
-    subprocess.run(told("mv SHA1 ", {"SHA1": rig.entry(image).name}).split(), cwd=CACHE, check=True)
+    subprocess.run(
+        command_in_recovery("mv SHA1 ", {"SHA1": rig.entry(image).name}).split(),
+        cwd=CACHE,
+        check=True,
+    )
     report = rig.ln_images()
     assert [outcome(report, each) for each in (image, snapshot)] == ["linked", "linked"]
     # What was its boot sector is now the header of a qcow2 file.
@@ -251,7 +259,7 @@ def test_a_base_that_is_gone_is_copied_off_a_running_server(rig: Rig, raw: Disk)
     rig.alive(server, rig.node.console(server).count("guest: alive") + 2)
     name = {"SHA1": rig.entry(image).name}
     opened = "/fd/".join(descriptor(rig, name["SHA1"]))
-    rig.node.run("sh", "-c", told("cp --sparse", name | {"PID/fd/N": opened}))
+    rig.node.run("sh", "-c", command_in_recovery("cp --sparse", name | {"PID/fd/N": opened}))
     put_back(rig, rig.node.instances / f"{name['SHA1']}.rescued", image, owner)
     reboot(rig, server)
     assert rig.proof(server) == raw.md5

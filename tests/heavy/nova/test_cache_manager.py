@@ -5,15 +5,15 @@ import time
 
 from rig import Rig
 from rig_fixtures import Disk
-from scenes import outcome
+from scenes import OFTEN, OLD, outcome, reason_code
 from support.cloud import wait_until
 
-OLD = 1_000_000_000
-OFTEN = "manager_interval = 3\nremove_unused_original_minimum_age_seconds = 1\nremove_unused_base_images = "
 
+def test_the_cache_manager_removes_links_and_the_next_pass_reports_it(rig: Rig, raw: Disk) -> None:
+    """A cache manager that is on removes a link that no server here uses; the next pass says so.
 
-def test_the_cache_manager_touches_used_bases_and_removes_unused_ones(rig: Rig, raw: Disk) -> None:
-    """Switched on, it renews the times of a base by its server's image, and removes a link that no server here uses."""
+    It renews the times of a base by its server's image. Glance's own name is untouched.
+    """
     used, unused = rig.image("used", raw.path), rig.image("unused", raw.path)
     rig.ln_images()
     rig.boot(used)
@@ -24,12 +24,15 @@ def test_the_cache_manager_touches_used_bases_and_removes_unused_ones(rig: Rig, 
     wait_until(lambda: not rig.entry(unused).exists(), "the removal of the unused link", 120)
     assert rig.entry(used).stat().st_mtime > OLD
     assert rig.entry(used).stat().st_ctime_ns > changed
-    # Glance's own name is untouched, and the next pass makes the link anew.
-    assert outcome(rig.ln_images(), unused) == "linked"
+    report = rig.ln_images()
+    assert outcome(report, unused) == "linked"
+    assert reason_code(report, unused) == "link_was_removed"
+    wrong = rig.node.wrong_checks()
+    assert "remove_unused_base_images" in wrong
 
 
-def test_with_the_guides_setting_the_cache_manager_only_touches(rig: Rig, raw: Disk) -> None:
-    """With remove_unused_base_images = False it removes nothing, and still renews the times of what is used."""
+def test_a_cache_manager_that_may_not_remove_only_touches(rig: Rig, raw: Disk) -> None:
+    """With remove_unused_base_images = False it removes nothing, and renews the times of what is used."""
     used, unused = rig.image("used", raw.path), rig.image("unused", raw.path)
     rig.ln_images()
     rig.boot(used)
@@ -40,9 +43,12 @@ def test_with_the_guides_setting_the_cache_manager_only_touches(rig: Rig, raw: D
         wait_until(lambda: rig.entry(used).stat().st_mtime > OLD, "a touch of the used base", 120)
         os.utime(rig.entry(used), (OLD, OLD))
     assert rig.entry(unused).stat().st_mtime == OLD
+    assert "remove_unused_base_images" not in rig.node.wrong_checks()
 
 
-def test_a_base_that_only_backs_a_disk_is_not_touched(rig: Rig, raw: Disk) -> None:
+def test_the_cache_manager_does_not_touch_a_base_that_only_backs_a_disk(
+    rig: Rig, raw: Disk
+) -> None:
     """A base that no server names, but whose disk is on it, is neither touched nor removed."""
     named, backing = rig.image("named", raw.path), rig.image("backing", raw.path)
     rig.ln_images()

@@ -9,55 +9,47 @@ import pytest
 
 from rig import STATE, Node, Rig
 from rig_fixtures import Disk
-from scenes import outcome
+from scenes import OFTEN, OLD, outcome
 from support.cloud import wait_until
-from test_cache_manager import OFTEN, OLD
 
 
 @pytest.fixture(scope="module")
 def nodes(rig: Rig) -> Iterator[tuple[Node, Node]]:
-    """The first compute node and a second, which the scheduler would give the servers of other tests, too."""
+    """Add a second compute node, for these tests only: the scheduler would use it in others."""
     second = rig.add_node()
     yield rig.node, second
-    second.stop()
-    rig.nodes.remove(second)
+    rig.remove_node(second)
 
 
 @pytest.fixture
-def shared_locks(rig: Rig, nodes: tuple[Node, Node]) -> Iterator[None]:
-    """``instances/locks`` is one directory for both nodes."""
-    locks = rig.directory / "locks"
-    locks.mkdir()
-    subprocess.run(["chown", "nova:nova", locks], check=True)
+def own_locks(nodes: tuple[Node, Node]) -> Iterator[None]:
+    """Give each node an ``instances/locks`` of its own."""
     place = str(STATE / "instances" / "locks")
     for node in nodes:
-        node.run("install", "--directory", "--owner=nova", place)
-        node.run("mount", "--bind", str(locks), place)
+        node.run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", place)
     yield
     for node in nodes:
         node.run("umount", place)
 
 
 def start_on_both(rig: Rig, nodes: tuple[Node, Node], image: str) -> list[str]:
-    """Starts a server of an image on each node at once, and returns what became of them."""
+    """Start a server of an image on each node at once, and return their statuses in the end."""
     servers = [rig.boot(image, node, wait=False) for node in nodes]
-    states = []
+    statuses = []
     for server in servers:
         with contextlib.suppress(RuntimeError):
             rig.wait(server, "ACTIVE")
-        states.append(rig.server(server)["status"])
-    return states
+        statuses.append(rig.server(server)["status"])
+    return statuses
 
 
-def intact(rig: Rig, image: str, disk: Disk) -> bool:
-    """Whether the cache has the image's content under its name."""
-    return (
-        subprocess.run(["cmp", "--silent", rig.entry(image), disk.path], check=False).returncode
-        == 0
-    )
+def is_intact(rig: Rig, image: str, disk: Disk) -> bool:
+    """Return whether the cache has the image's content under its name."""
+    compared = subprocess.run(["cmp", "--silent", rig.entry(image), disk.path], check=False)
+    return compared.returncode == 0
 
 
-def test_two_nodes_that_start_one_linked_image_fetch_nothing(
+def test_two_nodes_that_start_one_linked_image_download_nothing(
     rig: Rig, nodes: tuple[Node, Node], raw: Disk
 ) -> None:
     """Two nodes that start the same linked image at once both run on the link."""
@@ -67,30 +59,30 @@ def test_two_nodes_that_start_one_linked_image_fetch_nothing(
     assert rig.served(image) == 0
 
 
-@pytest.mark.usefixtures("shared_locks")
-def test_with_shared_locks_two_nodes_fetch_an_unlinked_image_once(
+def test_with_shared_locks_two_nodes_download_an_unlinked_image_once(
     rig: Rig, nodes: tuple[Node, Node], slow: Disk
 ) -> None:
-    """With ``instances/locks`` shared, the second node waits for the first one's download, and both are right."""
+    """With ``instances/locks`` shared, the second node waits for the first one's download."""
     image = rig.image("unlinked", slow.path)
     assert start_on_both(rig, nodes, image) == ["ACTIVE", "ACTIVE"]
     assert rig.served(image) == slow.size
-    assert intact(rig, image, slow)
+    assert is_intact(rig, image, slow)
 
 
+@pytest.mark.usefixtures("own_locks")
 def test_without_shared_locks_two_nodes_write_one_file(
     rig: Rig, nodes: tuple[Node, Node], slow: Disk
 ) -> None:
-    """With locks of their own both nodes download into one ``.part``, and one of them fails or gets a wrong base."""
+    """With locks of their own both nodes download into one ``.part``; one fails or is wrong."""
     image = rig.image("unlinked", slow.path)
-    states = start_on_both(rig, nodes, image)
-    assert "ERROR" in states or not intact(rig, image, slow)
+    statuses = start_on_both(rig, nodes, image)
+    assert "ERROR" in statuses or not is_intact(rig, image, slow)
 
 
 def test_a_node_whose_neighbour_is_down_removes_the_base_under_its_server(
     rig: Rig, nodes: tuple[Node, Node], raw: Disk
 ) -> None:
-    """With one node's nova-compute stopped, the other's cache manager removes the base of the first one's server."""
+    """If one node's nova-compute is down, the other's cache manager removes its server's base."""
     first, second = nodes
     image = rig.image("shared", raw.path)
     rig.ln_images()
