@@ -9,13 +9,14 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from ln_images import __version__, inspection, interrupts, report, rules
+from ln_images.console import Progress
 from ln_images.glance import Glance
+from ln_images.logs import judge_bug, log_problem
 from ln_images.memory import (
     LogOnChange,
     RemovedLinks,
@@ -24,7 +25,6 @@ from ln_images.memory import (
     VerdictCache,
 )
 from ln_images.model import (
-    FAULTS,
     Action,
     AnswerTooLargeError,
     Command,
@@ -51,9 +51,6 @@ LOG = logging.getLogger(__name__)
 _MOST_IDS = 500
 # So many of the images that are linked already are queried, to prove that this is their cloud.
 _SAMPLE = 50
-
-# Makes a progress bar, a context manager, from a label and the total.
-Progress = Callable[[str, int], Any]
 
 
 def link_image(image: Image, store: Store, policy: LinkPolicy, dry_run: bool) -> Verdict:
@@ -452,21 +449,3 @@ def _log_repairs(results: Iterable[Result]) -> None:
         LOG.info("%s", report.line(repaired[0]))
     elif repaired:
         LOG.info("%s, and %d more links", report.line(repaired[0]), len(repaired) - 1)
-
-
-def judge_bug(error: Exception) -> Verdict:
-    """Log an unexpected exception with its traceback, and return the image's verdict."""
-    LOG.info("unexpected exception", exc_info=error)
-    return Verdict(
-        Outcome.FAILED,
-        Reason.BUG,
-        f"unexpected {type(error).__name__}; report it with the traceback that -v prints",
-    )
-
-
-def log_problem(result: Result) -> None:
-    """Log a problem: a fault everywhere, the rest in the log file alone."""
-    if result.verdict.outcome in FAULTS:
-        LOG.error("%s", report.line(result))
-    else:
-        LOG.warning("%s", report.line(result), extra={"file_only": True})
