@@ -70,6 +70,7 @@ class StandingProblems:
 
         After a partial pass, the problems of all other images still stand.
         """
+        results = list(results)
         problems = [result for result in results if result.verdict.outcome in self._LOGGED]
         new = [
             problem
@@ -77,7 +78,25 @@ class StandingProblems:
             if self._standing.get(problem.cache_name) != problem.verdict
         ]
         standing = {problem.cache_name: problem.verdict for problem in problems}
-        self._standing = self._standing | standing if partial else standing
+        if partial:
+            covered = {result.cache_name for result in results}
+            others = {name: old for name, old in self._standing.items() if name not in covered}
+            standing |= others
+        self._standing = standing
+        return new
+
+
+class NewRepairs:
+    """Remembers which links were repaired, so that each is logged once in a process."""
+
+    def __init__(self) -> None:
+        self._repaired: set[str] = set()
+
+    def list_new(self, results: Iterable[Result]) -> list[Result]:
+        """Return the results of links that were repaired for the first time in this process."""
+        repaired = [result for result in results if result.verdict.outcome is Outcome.REPAIRED]
+        new = [result for result in repaired if result.cache_name not in self._repaired]
+        self._repaired.update(result.cache_name for result in new)
         return new
 
 
@@ -117,7 +136,10 @@ class RemovedLinks:
 
 
 class LogOnChange:
-    """Logs a line that every pass would repeat only if it differs from the one before."""
+    """Logs a line that every pass would repeat only if it differs from the one before.
+
+    When there is nothing to log any more, the log file gets a line that says what is over.
+    """
 
     def __init__(self, logger: logging.Logger, level: int) -> None:
         self._logger = logger
@@ -125,8 +147,10 @@ class LogOnChange:
         self._line: str | None = None
 
     def log(self, line: str | None) -> None:
-        """Log ``line``, or remember that there is nothing to log."""
-        if line is not None and line != self._line:
+        """Log ``line``, or that the one before is over if there is nothing to log."""
+        if line is None and self._line is not None:
+            self._logger.info("over: %s", self._line)
+        elif line is not None and line != self._line:
             self._logger.log(self._level, "%s", line)
         self._line = line
 
