@@ -264,7 +264,11 @@ def list_services() -> Iterator[str]:
 
 def test_the_services_of_the_documents_log_errors_and_stop_without_failing() -> None:
     """A service logs its errors in the journal, and one that a signal stops has not failed."""
-    services = [text for text in list_services() if re.search(r"ExecStart=\S*/ln-images(-prune|-verify)?\s", text)]
+    services = [
+        text
+        for text in list_services()
+        if re.search(r"ExecStart=\S*/ln-images(-prune|-verify)?\s", text)
+    ]
     assert services
     for service in services:
         assert {"StandardError=journal", "SuccessExitStatus=130"} <= set(service.splitlines())

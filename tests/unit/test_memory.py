@@ -8,6 +8,7 @@ import pytest
 
 from ln_images.memory import (
     LogOnChange,
+    NewRepairs,
     RemovedLinks,
     RepeatedRepairs,
     StandingProblems,
@@ -199,11 +200,28 @@ def test_links_that_were_removed_are_counted_when_that_starts() -> None:
     assert [removed_links.count_if_new(results) for results in passes] == [0, 2, 0, 0, 1]
 
 
+def test_a_repair_is_new_once_in_a_process() -> None:
+    """A link that is repaired in every pass is logged once."""
+    repairs = NewRepairs()
+    first, second = repaired("a"), repaired("b")
+    linked = result_of(Outcome.LINKED, Reason.NO_LINK_YET)
+    assert repairs.list_new([first, linked]) == [first]
+    assert repairs.list_new([]) == []
+    assert repairs.list_new([first, second]) == [second]
+
+
 def test_a_line_is_logged_only_if_it_differs(caplog: pytest.LogCaptureFixture) -> None:
-    """A line that every pass would repeat is logged again after a pass without it."""
+    """A line that every pass would repeat is logged once, and then that it is over."""
     logger = logging.getLogger("tests.memory")
     log = LogOnChange(logger, logging.WARNING)
-    for line in ("100%", "100%", "b", "100%", None, "100%", "100%"):
-        log.log(line)
-    assert caplog.messages == ["100%", "b", "100%", "100%"]
-    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+    with caplog.at_level(logging.INFO):
+        for line in (None, "100%", "100%", "b", "100%", None, None, "100%"):
+            log.log(line)
+    logged = [(record.levelno, record.getMessage()) for record in caplog.records]
+    assert logged == [
+        (logging.WARNING, "100%"),
+        (logging.WARNING, "b"),
+        (logging.WARNING, "100%"),
+        (logging.INFO, "over: 100%"),
+        (logging.WARNING, "100%"),
+    ]
