@@ -43,7 +43,7 @@ from ln_images.prune.rules import (
     join,
 )
 from ln_images.rules import judge_error
-from ln_images.scan import MOST_BASES, RETIRED_SUFFIX, Scan, list_base, reclaimable, scan
+from ln_images.scan import MOST_BASES, RETIRED_SUFFIX, Scan, base_of, reclaimable, scan
 from ln_images.store import Store
 
 LOG = logging.getLogger(__name__)
@@ -140,8 +140,8 @@ def _find_named(store: Store, found: Scan, reports: Reports) -> list[Base]:
         # What cannot be looked at is a result of its own if the scan reaches it.
         with contextlib.suppress(OSError):
             file = store.cache_file(name + RETIRED_SUFFIX)
-            if file is not None:
-                bases += list_base(name, True, file)
+            if file is not None and stat.S_ISREG(file.mode):
+                bases.append(base_of(name + RETIRED_SUFFIX, file))
     return bases
 
 
