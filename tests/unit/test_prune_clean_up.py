@@ -1,17 +1,20 @@
 """One pass of the clean-up on real files: what it does when the evidence is late, or is not whole."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ln_images.model import Image, LnImagesError, TemporaryError, cache_name
+from ln_images.model import Image, LnImagesError, Reason, TemporaryError, cache_name
 from ln_images.prune.clean_up import CleanUp, CleanUpOptions, clean_up
 from ln_images.prune.evidence import Clock, Cloud
+from ln_images.prune.nodes import list_prune_metrics
 from ln_images.prune.nova import ComputeHost
 from ln_images.prune.rules import Policy
 from ln_images.scan import MOST_BASES
 from support.bases import make_base, write_report
+from support.node import REFERENCE, SCHEMA
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = "b0000000-0000-4000-8000-000000000000"
@@ -153,3 +156,21 @@ def test_the_most_severe_error_is_that_of_the_pass(place: Path) -> None:
     error: LnImagesError | None = clean_up(options, fail, Clock()).pass_.error
     assert error is not None
     assert error.exit_code == 2
+
+
+def test_the_reference_has_every_metric_with_its_labels(place: Path) -> None:
+    """The table of the reference names each metric that a pass writes, with its own labels."""
+    write_report(place / "reports", "compute-1", NAME)
+    result = run(place)
+    section = REFERENCE.partition("`ln-images-prune` writes these:")[2].partition("\n\n`")[0]
+    rows = dict(re.findall(r"^\| `ln_images_(\w+)\{([\w, ]+)\}", section, re.MULTILINE))
+    metrics = list_prune_metrics(result.pass_, result.nodes, result.is_blocked)
+    labels = {metric.name: ", ".join(["cache_dir", *metric.labels]) for metric in metrics}
+    assert labels == rows
+
+
+def test_every_reason_code_is_in_the_schema_and_in_the_reference() -> None:
+    """Programs compare these codes."""
+    codes = {reason.value for reason in Reason}
+    assert set(SCHEMA.schema["$defs"]["reason_code"]["enum"]) == codes
+    assert {code for code in codes if f"\n| `{code}` |" not in REFERENCE} == set()
