@@ -50,7 +50,7 @@ def run(place: Path, has_image: Any = no_image, clock: Clock | None = None) -> C
         images_dir=str(place / "images"),
         cache_dir=str(place / "cache"),
         reports_dir=str(place / "reports"),
-        policy=Policy(after=0, report_age=10800),
+        policy=Policy(after=0, report_age=10800, unmarked=True),
     )
     images: dict[str, Image] = {}
     cloud = Cloud([ComputeHost("compute-1", "")], images, has_image)
@@ -66,16 +66,19 @@ def test_late_evidence_takes_nothing_and_restores(place: Path) -> None:
     """After five minutes nothing is marked, retired or removed."""
     fresh = make_base(place / "cache", OTHER)
     old = make_base(place / "cache", ID, unused_since=1.0)
+    # Glance cannot be queried about this one by itself.
+    unmarked = make_base(place / "cache", "unmarked", marked=False, unused_since=1.0)
     used = make_base(place / "cache", "used", retired=True)
     write_report(place / "reports", "compute-1", cache_name("used"))
     late = LateClock(301)
     assert outcomes(run(place, clock=late)) == {
         fresh.name: "evidence_too_old",
         old.name: "evidence_too_old",
+        unmarked.name: "evidence_too_old",
         cache_name("used"): "in_use",
     }
     names = {path.name for path in (place / "cache").iterdir()}
-    assert names == {NAME, OTHER_NAME, cache_name("used")}
+    assert names == {NAME, OTHER_NAME, unmarked.name, cache_name("used")}
     assert not used.exists()
 
 

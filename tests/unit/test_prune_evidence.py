@@ -103,7 +103,7 @@ HOSTILE: dict[str, bytes] = {
     "deep in a key": b'{"version": 1, "x": ' + b'{"a":' * 100_000,
     "no object": b"[]",
     "null": b"null",
-    "huge": b" " * LONGEST_REPORT + with_(),
+    "huge": with_() + b" " * LONGEST_REPORT,
     "other version": with_(version=2),
     "version as text": with_(version="1"),
     "other host": with_(host="compute-2"),
