@@ -175,5 +175,6 @@ def test_the_reference_has_every_metric_with_its_labels(place: Path) -> None:
 def test_every_reason_code_is_in_the_schema_and_in_the_reference() -> None:
     """Programs compare these codes."""
     codes = {reason.value for reason in Reason}
-    assert set(SCHEMA.schema["$defs"]["reason_code"]["enum"]) == codes
+    schema: Any = SCHEMA.schema
+    assert set(schema["$defs"]["reason_code"]["enum"]) == codes
     assert {code for code in codes if f"\n| `{code}` |" not in REFERENCE} == set()
