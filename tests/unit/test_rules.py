@@ -612,6 +612,12 @@ def scan_of(
         pytest.param(NAME, LINK._replace(marks=MARKS_UNSUPPORTED), True, id="no marks possible"),
         pytest.param(NAME.upper(), LINK, False, id="another name"),
         pytest.param(NAME, LINK._replace(inode=12), False, id="another inode"),
+        pytest.param(
+            NAME,
+            LINK._replace(inode=12, marks=MARKS_UNSUPPORTED),
+            False,
+            id="another inode, no marks possible",
+        ),
         pytest.param(NAME, LINK._replace(owner=Owner(0, 108)), False, id="another owner"),
         pytest.param(NAME, LINK._replace(marks=NO_MARKS), False, id="no marks"),
         pytest.param(NAME, None, False, id="gone meanwhile"),
