@@ -54,7 +54,7 @@ def translate(service: str, error: Exception) -> LnImagesError:
             f"Keystone refuses the credentials ({what}); check your openrc and OS_AUTH_URL"
         )
 
-    # "public endpoint for image service in nowhere region not found"
+    # "The service catalog is empty."
     if isinstance(error, exceptions.EndpointNotFound):
         return ConfigurationError(
             f"{cause(error)}; check OS_PROJECT_NAME (a token without a project has no catalog),"

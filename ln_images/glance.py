@@ -109,12 +109,13 @@ class Glance:
         page_size = PAGE_SIZE
         marker: str | None = None
         with self.connection.querying("Glance"):
+            client = self._client
             self._check_role()
             while True:
                 if most is not None:
                     page_size = min(page_size, most - len(images))
                 try:
-                    page = list(self._list_page(page_size, marker, filters))
+                    page = list(_list_page(client, page_size, marker, filters))
                 except AnswerTooLargeError:
                     if page_size == 1:
                         raise
@@ -126,22 +127,6 @@ class Glance:
                     return images
                 marker = page[-1].id
                 page_size = min(2 * page_size, PAGE_SIZE)
-
-    def _list_page(
-        self, page_size: int, marker: str | None, filters: Mapping[str, str]
-    ) -> Iterator[Image]:
-        """Yield the next ``page_size`` images after ``marker``; fewer if there are no more.
-
-        glanceclient follows the ``next`` links if Glance's own limit of a page is lower.
-        """
-        # Without visibility=all Glance leaves out other projects' community images.
-        documents = self._client.list(
-            filters={"visibility": "all", **filters},
-            page_size=page_size,
-            limit=page_size,
-            marker=marker,
-        )
-        return (image_of(document) for document in documents)
 
     def _check_role(self) -> None:
         """Log an error if the token does not have the administrator's role.
@@ -166,6 +151,23 @@ class Glance:
             "2", session=self.connection.session, endpoint_override=override
         )
         return client.images
+
+
+def _list_page(
+    client: Any, page_size: int, marker: str | None, filters: Mapping[str, str]
+) -> Iterator[Image]:
+    """Yield the next ``page_size`` images after ``marker``; fewer if there are no more.
+
+    glanceclient follows the ``next`` links if Glance's own limit of a page is lower.
+    """
+    documents = client.list(
+        # Without visibility=all Glance leaves out other projects' community images.
+        filters={"visibility": "all", **filters},
+        page_size=page_size,
+        limit=page_size,
+        marker=marker,
+    )
+    return (image_of(document) for document in documents)
 
 
 def _add(images: dict[str, Image], image: Image) -> None:
