@@ -151,6 +151,9 @@ def summary(pass_: Pass) -> str:
     ]
     if removed:
         parts.append(f"{size_text(sum(removed))} freed")
+    if pass_.bytes_read is not None:
+        rate = round(pass_.bytes_read / max(pass_.duration, 0.001))
+        parts.append(f"{size_text(pass_.bytes_read)} read at {size_text(rate)}/s")
     for kind, usage in pass_.reclaimable.by_kind().items():
         if usage.count:
             parts.append(f"{size_text(usage.bytes)} reclaimable ({usage.count} {kind})")

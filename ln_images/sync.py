@@ -9,13 +9,14 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from ln_images import __version__, inspection, interrupts, report, rules
+from ln_images.console import Progress
 from ln_images.glance import Glance
+from ln_images.logs import judge_bug, log_problem
 from ln_images.memory import (
     LogOnChange,
     NewRepairs,
@@ -25,7 +26,6 @@ from ln_images.memory import (
     VerdictCache,
 )
 from ln_images.model import (
-    FAULTS,
     Action,
     AnswerTooLargeError,
     Command,
@@ -49,9 +49,6 @@ LOG = logging.getLogger(__name__)
 
 # For more ids than this, listing every image costs less than querying them in groups.
 _MOST_IDS = 500
-
-# Makes a progress bar, a context manager, from a label and the total.
-Progress = Callable[[str, int], Any]
 
 
 def link_image(image: Image, store: Store, policy: LinkPolicy, dry_run: bool) -> Verdict:
@@ -334,7 +331,7 @@ class Sync:
         """
         options = self._options
         with Store(options.images_dir, options.cache_dir) as store:
-            lock: Any = contextlib.nullcontext()
+            lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if not options.dry_run:
                 lock = store.locked(options.lock_wait)
             with lock, timer.measuring_lock():
@@ -446,21 +443,3 @@ def _log_repairs(repaired: Sequence[Result]) -> None:
         LOG.info("%s", report.line(repaired[0]))
     elif repaired:
         LOG.info("%s, and %d more links", report.line(repaired[0]), len(repaired) - 1)
-
-
-def judge_bug(error: Exception) -> Verdict:
-    """Log an unexpected exception with its traceback, and return the image's verdict."""
-    LOG.info("unexpected exception", exc_info=error)
-    return Verdict(
-        Outcome.FAILED,
-        Reason.BUG,
-        f"unexpected {type(error).__name__}; report it with the traceback that -v prints",
-    )
-
-
-def log_problem(result: Result) -> None:
-    """Log a problem: a fault everywhere, the rest in the log file alone."""
-    if result.verdict.outcome in FAULTS:
-        LOG.error("%s", report.line(result))
-    else:
-        LOG.warning("%s", report.line(result), extra={"file_only": True})

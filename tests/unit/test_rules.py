@@ -32,7 +32,7 @@ from ln_images.model import (
     is_image_id,
 )
 from ln_images.rules import QUIET_SECONDS, decide, is_correct, judge_error, judge_image
-from ln_images.scan import MOST_BASES, Scan, reclaimable, scan
+from ln_images.scan import MOST_BASES, MOST_FOREIGN_NAMES, Scan, reclaimable, scan
 from ln_images.store import Facts, Store, is_fresh_download
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
@@ -68,6 +68,9 @@ MARKS = Marks(image_id=ID, size=1000)
 LINK = FILE._replace(mode=stat.S_IFREG | 0o644, links=2, owner=Owner(107, 108), marks=MARKS)
 # A file that Nova left under the cache name.
 NOVAS = FILE._replace(inode=12)
+# Bases that belong to no image in the store.
+ORPHAN = LINK._replace(inode=12, links=1)
+UNMARKED = ORPHAN._replace(marks=NO_MARKS)
 
 
 class Case(NamedTuple):
@@ -581,13 +584,13 @@ class FakeStore:
         """Return the inode of each image id."""
         return dict(self._images)
 
-    def list_cache(self) -> list[str]:
-        """Return every name in the cache."""
-        return list(self._cache)
+    def list_cache(self, limit: int) -> list[str]:
+        """Return the first names in the cache."""
+        return list(self._cache)[:limit]
 
     def cache_file(self, name: str) -> File | None:
         """Return what has a name in the cache."""
-        entry = self._cache[name]
+        entry = self._cache.get(name)
         if isinstance(entry, OSError):
             raise entry
         return entry
@@ -621,15 +624,15 @@ def test_only_a_correct_link_is_settled(name: str, entry: File | None, settled: 
     assert scan_of({ID: 11}, {name: entry}, trust_links=False).unsettled == [ID]
 
 
-def test_an_entry_that_cannot_be_read_is_broken() -> None:
-    """What goes wrong with one entry of the cache is its verdict, and the scan goes on."""
+def test_an_entry_that_cannot_be_read_does_not_end_the_scan() -> None:
+    """What goes wrong with one base is its verdict; with a link, its image is looked at later."""
     error = OSError(errno.EUCLEAN, "Structure needs cleaning")
-    found = scan_of(
-        {ID: 11, OTHER_ID: 12},
-        {NAME: error, OTHER_NAME: LINK._replace(inode=12, marks=Marks(OTHER_ID, 1000))},
-    )
+    other_link = LINK._replace(inode=12, marks=Marks(OTHER_ID, 1000))
+    cache = {NAME: error, OTHER_NAME: other_link, "0" * 40: error, "1" * 40: UNMARKED}
+    found = scan_of({ID: 11, OTHER_ID: 12}, cache)
     assert (found.settled, found.unsettled) == ([OTHER_ID], [ID])
-    assert found.broken == {NAME: judge_error(error, is_root=True)}
+    assert found.broken == {"0" * 40: judge_error(error, is_root=True)}
+    assert [base.name for base in found.bases] == ["1" * 40]
 
 
 def test_two_images_on_one_inode_are_both_settled() -> None:
@@ -643,10 +646,6 @@ def test_directories_that_list_other_inodes_settle_nothing() -> None:
     """On file systems such as overlayfs each image is looked at by itself."""
     found = scan_of({ID: 99}, {NAME: LINK})
     assert (found.settled, found.unsettled) == ([], [ID])
-
-
-ORPHAN = LINK._replace(inode=12, links=1)
-UNMARKED = ORPHAN._replace(marks=NO_MARKS)
 
 
 @pytest.mark.parametrize(
@@ -692,6 +691,13 @@ def test_a_cache_full_of_foreign_names_is_not_read_to_its_end() -> None:
     found = scan_of({ID: 11}, {**names, NAME: LINK})
     assert (len(found.bases), found.has_more_bases, found.settled) == (MOST_BASES, True, [ID])
     assert not scan_of({ID: 11}, {NAME: LINK}).has_more_bases
+
+
+def test_a_list_of_names_that_was_cut_off_hides_no_link() -> None:
+    """If the cache has too many names to list all, each image's own name is looked at."""
+    names = dict.fromkeys((f"x{number}" for number in range(MOST_FOREIGN_NAMES + 1)), UNMARKED)
+    found = scan_of({ID: 11}, {**names, NAME: LINK})
+    assert (found.settled, list(found.bases), found.has_more_bases) == ([ID], [], True)
 
 
 def test_reclaimable_space_is_that_of_files_with_one_name() -> None:
