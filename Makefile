@@ -29,6 +29,7 @@ tools:
 	@tools/need.sh "command -v qemu-img" qemu-utils
 	@[ "$$(id -u)" != 0 ] || \
 		tools/need.sh "ls /sbin/mkfs.xfs /sbin/mkfs.ext4" xfsprogs e2fsprogs
+	@[ "$$(id -u)" != 0 ] || tools/need.sh "command -v bindfs" bindfs
 
 test: lint tools $(CLOUD)/installed
 	$(VENV)/bin/coverage erase

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
@@ -19,6 +19,9 @@ from ln_images.model import Command, ConfigurationError, Pass
 from ln_images.options import CommonOptions
 
 LOG = logging.getLogger(__name__)
+
+# Makes a progress bar, a context manager, from a label and the total.
+Progress = Callable[[str, int], Any]
 
 # Exit statuses, the least severe first.
 _SEVERITY = (0, 1, 75, 2)

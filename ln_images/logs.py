@@ -10,7 +10,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from ln_images.model import ConfigurationError
+from ln_images import report
+from ln_images.model import FAULTS, ConfigurationError, Outcome, Reason, Result, Verdict
 from ln_images.report import printable
 
 _OURS = logging.getLogger("ln_images")
@@ -79,6 +80,24 @@ def _log_bug(
         kind.__name__,
         exc_info=(kind, error, traceback),
     )
+
+
+def judge_bug(error: Exception) -> Verdict:
+    """Log an unexpected exception with its traceback, and return the image's verdict."""
+    LOG.info("unexpected exception", exc_info=error)
+    return Verdict(
+        Outcome.FAILED,
+        Reason.BUG,
+        f"unexpected {type(error).__name__}; report it with the traceback that -v prints",
+    )
+
+
+def log_problem(result: Result) -> None:
+    """Log a problem: a fault everywhere, the rest in the log file alone."""
+    if result.verdict.outcome in FAULTS:
+        LOG.error("%s", report.line(result))
+    else:
+        LOG.warning("%s", report.line(result), extra={_FILE_ONLY: True})
 
 
 class _OneLine(logging.Formatter):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 
 from ln_images import loop, report
 from ln_images.console import MetricsWriter, most_severe, print_report, progress
+from ln_images.errors import RefusedCredentialsError
 from ln_images.glance import Glance
 from ln_images.memory import LogOnChange
 from ln_images.metrics import list_link_metrics, removed_links_metric
@@ -22,7 +23,7 @@ from ln_images.model import (
     TemporaryError,
 )
 from ln_images.options import CommonOptions
-from ln_images.session import Connection, RefusedCredentialsError, connect
+from ln_images.session import Connection, connect
 from ln_images.sync import Sync, SyncOptions
 
 LOG = logging.getLogger(__name__)

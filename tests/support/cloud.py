@@ -49,6 +49,8 @@ key_repository = {directory}/fernet
 key_repository = {directory}/credential
 [identity]
 password_hash_rounds = 4
+[auth]
+methods = password,token,application_credential,totp
 """
 
 GLANCE_CONF = """

@@ -169,7 +169,9 @@ class Node:
         self, *arguments: str, status: int = 0, **variables: str | None
     ) -> dict[str, tuple[str, str]]:
         """Run a pass over every image, and return outcome and reason code by image id."""
-        document = self.report("--full", *arguments, status=status, **variables)
+        document = self.report(
+            "--full", *arguments, command=Command.LINK, status=status, **variables
+        )
         return {
             image["id"]: (image["outcome"], image["reason_code"]) for image in document["images"]
         }
@@ -178,7 +180,9 @@ class Node:
         self, *arguments: str, status: int = 0, **variables: str | None
     ) -> dict[str, str | None]:
         """Run a pass over every image, and return the sentence of each reason by image id."""
-        document = self.report("--full", *arguments, status=status, **variables)
+        document = self.report(
+            "--full", *arguments, command=Command.LINK, status=status, **variables
+        )
         return {image["id"]: image["reason"] for image in document["images"]}
 
     def entry(self, image_id: str) -> Path:
