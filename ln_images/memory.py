@@ -37,7 +37,7 @@ class VerdictCache:
         return {
             image_id: result
             for image_id, (file, result) in self._verdicts.items()
-            if files.get(image_id) == file
+            if image_id in files and _is_unchanged(files[image_id], file)
         }
 
     def remember(self, files: Mapping[str, File], results: Iterable[Result]) -> None:
@@ -47,6 +47,11 @@ class VerdictCache:
             for result in results
             if result.id is not None and result.id in files and _is_stable(result, files[result.id])
         }
+
+
+def _is_unchanged(file: File, before: File) -> bool:
+    """Return whether a file is what it was. Our mark on a refused file changes its ctime."""
+    return file == before._replace(changed=file.changed)
 
 
 def _is_stable(result: Result, file: File) -> bool:
@@ -149,9 +154,9 @@ class LogOnChange:
     def log(self, line: str | None) -> None:
         """Log ``line``, or that the one before is over if there is nothing to log."""
         if line is None and self._line is not None:
-            self._logger.info("over: %s", self._line)
+            self._logger.info("over: %s", self._line, stacklevel=2)
         elif line is not None and line != self._line:
-            self._logger.log(self._level, "%s", line)
+            self._logger.log(self._level, "%s", line, stacklevel=2)
         self._line = line
 
 

@@ -45,7 +45,10 @@ def count_requests(node: Node) -> Counter[str]:
         if len(read_logs()) == len(lines):
             break
         lines = read_logs()
-    return Counter(line.split('"')[1] for line in lines if '"ln-images/' in line)
+    # 127.0.0.1 - - [...] "GET /v3 HTTP/1.1" 200 250 "-" "ln-images/0.2.0 keystoneauth1/5.18.1 ..."
+    # 127.0.0.1 - - [...] "GET /v2/images?... HTTP/1.1" 200 1047 "-" "python-glanceclient"
+    ours = ('"ln-images/', '"python-glanceclient')
+    return Counter(line.split('"')[1] for line in lines if any(agent in line for agent in ours))
 
 
 @contextlib.contextmanager
