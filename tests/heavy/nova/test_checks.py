@@ -1,7 +1,6 @@
 """``ln-images-node`` on real compute nodes."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -57,9 +56,9 @@ def test_each_violated_setting_is_reported(
         rig.node.runs_with()
 
 
-def test_the_configuration_is_the_one_that_nova_compute_has(rig: Rig, tmp_path: Path) -> None:
+def test_the_configuration_is_the_one_that_nova_compute_has(rig: Rig) -> None:
     """Options in several files, deprecated names included, are read as oslo.config reads them."""
-    extra = tmp_path / "conf.d"
+    extra = rig.directory / "conf.d"
     extra.mkdir()
     (extra / "10-first.conf").write_text(
         "[DEFAULT]\nremove_unused_base_images = False\nforce_raw_images: yes\n"
