@@ -12,7 +12,6 @@ from typing import Any
 
 from ln_images import report
 from ln_images.model import FAULTS, ConfigurationError, Outcome, Reason, Result, Verdict
-from ln_images.report import printable
 
 _OURS = logging.getLogger("ln_images")
 LOG = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def _log_bug(
 
 def judge_bug(error: Exception) -> Verdict:
     """Log an unexpected exception with its traceback, and return the image's verdict."""
-    LOG.info("unexpected exception", exc_info=error)
+    LOG.info("unexpected exception", exc_info=error, stacklevel=2)
     return Verdict(
         Outcome.FAILED,
         Reason.BUG,
@@ -95,9 +94,9 @@ def judge_bug(error: Exception) -> Verdict:
 def log_problem(result: Result) -> None:
     """Log a problem: a fault everywhere, the rest in the log file alone."""
     if result.verdict.outcome in FAULTS:
-        LOG.error("%s", report.line(result))
+        LOG.error("%s", report.line(result), stacklevel=2)
     else:
-        LOG.warning("%s", report.line(result), extra={_FILE_ONLY: True})
+        LOG.warning("%s", report.line(result), extra={_FILE_ONLY: True}, stacklevel=2)
 
 
 class _OneLine(logging.Formatter):
@@ -117,10 +116,10 @@ class _OneLine(logging.Formatter):
         record.message = record.getMessage()
         if self.usesTime():
             record.asctime = self.formatTime(record)
-        lines = [printable(self.formatMessage(record))]
+        lines = [report.printable(self.formatMessage(record))]
         if record.exc_info and self._with_traceback:
             traceback = self.formatException(record.exc_info).splitlines()
-            lines += [f"    {printable(line)}" for line in traceback]
+            lines += [f"    {report.printable(line)}" for line in traceback]
         return "\n".join(lines)
 
 
