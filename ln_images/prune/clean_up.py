@@ -48,6 +48,9 @@ from ln_images.store import Store
 
 LOG = logging.getLogger(__name__)
 
+# So many bases that are lost or failed have a line of their own in the log after one pass.
+_MOST_LINES = 100
+
 _EVIDENCE_TOO_OLD = Verdict(
     Outcome.KEPT,
     Reason.EVIDENCE_TOO_OLD,
@@ -248,15 +251,14 @@ def _list_lost(
     store: Store, missing: Mapping[str, Sequence[str]], reports: Reports
 ) -> Iterator[Result]:
     """Yield a result for each of the missing bases that is not there on a second look either."""
+    servers_by_base: dict[str, set[str]] = {}
+    for host in {host for hosts in missing.values() for host in hosts}:
+        for lost in reports.readable[host].lost:
+            servers_by_base.setdefault(lost.base, set()).add(lost.server)
     for name, hosts in missing.items():
         if _is_there(store, name):
             continue
-        servers = {
-            lost.server
-            for host in hosts
-            for lost in reports.readable[host].lost
-            if lost.base == name
-        }
+        servers = servers_by_base.get(name)
         sentence = f"{join(hosts)} uses it"
         if servers:
             sentence += f" for server {join(sorted(servers))}"
@@ -297,9 +299,12 @@ def _list_left(
 
 def _log(results: Sequence[Result], errors: Sequence[LnImagesError], evidence: Evidence) -> None:
     """Log what somebody should look at."""
-    for result in results:
-        if result.verdict.outcome in FAULTS:
-            LOG.error("%s", report.line(result))
+    faults = [result for result in results if result.verdict.outcome in FAULTS]
+    for fault in faults[:_MOST_LINES]:
+        LOG.error("%s", report.line(fault))
+    if len(faults) > _MOST_LINES:
+        # One report can name 20,000 bases that do not exist.
+        LOG.error("%d more bases are lost or failed; read the report", len(faults) - _MOST_LINES)
     for error in errors:
         LOG.error("%s", error.message)
     if evidence.situation.blocker is not None and not evidence.errors:

@@ -17,6 +17,8 @@ from ln_images.store import NOT_RESPONDING, open_regular
 LONGEST_REPORT = 2**20
 MOST_REPORTS = 4096
 _MOST_BYTES = 64 * 2**20
+# ln-images-node makes some 20 checks.
+_MOST_CHECKS = 100
 # The directory may have other entries, such as files that a node has not finished.
 _MOST_ENTRIES = 100_000
 # A report that is further in the future than this, in seconds, has a clock that is wrong.
@@ -228,7 +230,10 @@ def _list_recent(document: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _list_wrong(document: Mapping[str, Any]) -> Iterator[WrongCheck]:
-    for check in _list(document, "checks"):
+    checks = _list(document, "checks")
+    if len(checks) > _MOST_CHECKS:
+        raise _UnreadableError(f"it has more than {_MOST_CHECKS} checks")
+    for check in checks:
         if not isinstance(check, dict):
             raise _UnreadableError("a check is not an object")
         if check.get("state") == "WRONG":

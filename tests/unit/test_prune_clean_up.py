@@ -144,6 +144,23 @@ def test_a_base_that_comes_back_is_not_lost(place: Path) -> None:
     assert outcomes(result) == {cache_name(idle): "unused", OTHER_NAME: "base_is_missing"}
 
 
+def test_many_lost_bases_have_few_lines_in_the_log(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A false report can name thousands of bases that do not exist. Each is in the report."""
+    names = [f"{number:040x}" for number in range(3000)]
+    lost = [{"server": f"server-{name}", "base": name} for name in names]
+    write_report(place / "reports", "compute-1", *names, lost=lost)
+    result = run(place)
+    assert outcomes(result) == dict.fromkeys(names, "base_is_missing")
+    assert all(
+        f"server-{each.cache_name}" in (each.verdict.sentence or "")
+        for each in result.pass_.results
+    )
+    assert len(caplog.records) == 101
+    assert caplog.records[-1].getMessage() == "2900 more bases are lost or failed; read the report"
+
+
 def test_the_most_severe_error_is_that_of_the_pass(place: Path) -> None:
     """Status 2 goes before 75."""
     options = CleanUpOptions(

@@ -141,6 +141,7 @@ HOSTILE: dict[str, bytes] = {
     "checks an object": with_(checks={}),
     "checks of text": with_(checks=["WRONG"]),
     "a check whose name is a number": with_(checks=[{"name": 1, "state": "WRONG"}]),
+    "more checks than there are": with_(checks=[{"state": "WRONG"}] * 101),
     "incomplete because of a number": with_(incomplete_because=1),
 }
 
