@@ -19,11 +19,13 @@ class Node(NamedTuple):
     """What a report of the clean-up shows of one compute host.
 
     ``problem`` is why its report does not count, or None. ``report_age`` is in seconds, or None if
-    there is no readable report, or if a clock is wrong.
+    there is no readable report, or if a clock is wrong. ``is_known`` says that Nova lists the host,
+    or that Nova did not answer.
     """
 
     host: str
     problem: str | None
+    is_known: bool
     report_age: float | None = None
     complete: bool = False
     bases: int = 0
@@ -36,17 +38,22 @@ def list_nodes(
 ) -> list[Node]:
     """Return the nodes: the compute hosts that Nova knows, and those that report."""
     names = {host.name for host in hosts} - policy.ignored_hosts
-    return [_node(name, reports, policy, now) for name in sorted(names | reports.hosts)]
+    return [
+        _node(name, not hosts or name in names, reports, policy, now)
+        for name in sorted(names | reports.hosts)
+    ]
 
 
-def _node(name: str, reports: Reports, policy: Policy, now: float) -> Node:
+def _node(name: str, is_known: bool, reports: Reports, policy: Policy, now: float) -> Node:
     report: Report | None = reports.readable.get(name)
     if report is None:
         because = reports.unreadable.get(name)
-        return Node(name, "there is none" if because is None else f"cannot be read: {because}")
+        problem = "there is none" if because is None else f"cannot be read: {because}"
+        return Node(host=name, problem=problem, is_known=is_known)
     return Node(
         host=name,
         problem=find_problem(report, policy, now),
+        is_known=is_known,
         report_age=None if is_of_wrong_clock(report, now) else max(0.0, now - report.begun),
         complete=report.complete,
         bases=len(report.bases),
@@ -94,7 +101,11 @@ def _row(node: Node) -> list[str]:
 
 
 def list_prune_metrics(pass_: Pass, nodes: Sequence[Node], is_blocked: bool) -> list[Metric]:
-    """Return the metrics of a pass."""
+    """Return the metrics of a pass.
+
+    A host that Nova does not know has none: a node could report under thousands of names, which
+    Prometheus would keep. If such a report is fresh, ``prune_blocked`` shows it.
+    """
     counter = counts(pass_)
     metrics = [
         Metric("prune_bases", "Bases by outcome.", counter[outcome], {"outcome": outcome.value})
@@ -103,6 +114,8 @@ def list_prune_metrics(pass_: Pass, nodes: Sequence[Node], is_blocked: bool) -> 
     metrics += list_reclaimable_metrics(pass_.reclaimable, "prune_reclaimable")
     metrics.append(Metric("prune_blocked", "Whether no base could be removed.", is_blocked, {}))
     for node in nodes:
+        if not node.is_known:
+            continue
         labels = {"host": node.host}
         if node.report_age is not None:
             metrics.append(

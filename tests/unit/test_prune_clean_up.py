@@ -189,6 +189,15 @@ def test_the_reference_has_every_metric_with_its_labels(place: Path) -> None:
     assert labels == rows
 
 
+def test_hosts_that_nova_does_not_know_have_no_metrics(place: Path) -> None:
+    """A node can report under thousands of names, and Prometheus would keep each for weeks."""
+    write_report(place / "reports", "compute-7")
+    result = run(place)
+    metrics = list_prune_metrics(result.pass_, result.nodes, result.is_blocked)
+    assert [node.host for node in result.nodes] == ["compute-1", "compute-7"]
+    assert {metric.labels["host"] for metric in metrics if "host" in metric.labels} == {"compute-1"}
+
+
 def test_every_reason_code_is_in_the_schema_and_in_the_reference() -> None:
     """Programs compare these codes."""
     codes = {reason.value for reason in Reason}
