@@ -90,7 +90,12 @@ class Textfile:
         return Metric(name, description, value, {"command": self._command.value, **labels})
 
     def _labels(self, metric: Metric) -> dict[str, str]:
-        return {"cache_dir": self._cache_dir, **metric.labels}
+        # A name that Nova answers may be no valid text either: JSON allows surrogates.
+        labels = {
+            name: value.encode("utf-8", "backslashreplace").decode()
+            for name, value in metric.labels.items()
+        }
+        return {"cache_dir": self._cache_dir, **labels}
 
     def _series(self, metric: Metric) -> _Series:
         return _PREFIX + metric.name, tuple(sorted(self._labels(metric).items()))

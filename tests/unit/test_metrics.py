@@ -158,6 +158,14 @@ def test_no_two_commands_write_the_same_series(tmp_path: Path) -> None:
     assert len(all_series) == len(set(all_series))
 
 
+def test_a_label_that_is_no_valid_text_is_escaped(tmp_path: Path) -> None:
+    """JSON can have half of a character in the name of a host."""
+    path = tmp_path / "metrics.prom"
+    metric = Metric("node_wrong", "Checks that are wrong.", 2, {"host": 'a\ud800\n"b'})
+    Textfile(str(path), Command.PRUNE, CACHE).write(0, 1.0, 1.0, [metric])
+    assert read(path)['node_wrong a\\ud800\n"b'] == 2
+
+
 @pytest.mark.parametrize("content", [None, b"\xff{{{", b"", b"a{ 1\n", b"ln_images_x{a=} y\n"])
 def test_without_any_success_its_time_is_0(file: Path, content: bytes | None) -> None:
     """The alert about the last success fires from the first pass on, even over a broken file."""
