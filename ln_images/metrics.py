@@ -149,7 +149,7 @@ def list_link_metrics(pass_: Pass, counts: Mapping[str, int]) -> list[Metric]:
         )
         for outcome in OUTCOMES[Command.LINK]
     ]
-    metrics += _list_reclaimable_metrics(pass_.reclaimable)
+    metrics += list_reclaimable_metrics(pass_.reclaimable, "reclaimable")
     metrics += [
         Metric("unknown_files", "Files in the store that Glance does not know.", len(unknown), {}),
         Metric("unknown_bytes", "What those files have, in bytes.", sum(unknown), {}),
@@ -171,7 +171,8 @@ def removed_links_metric(count: int) -> Metric:
     )
 
 
-def _list_reclaimable_metrics(usage: Reclaimable) -> list[Metric]:
+def list_reclaimable_metrics(usage: Reclaimable, name: str) -> list[Metric]:
+    """Return the metrics ``<name>`` and ``<name>_bytes``; each command has a name of its own."""
     metrics = []
     for kind, disk_usage in (
         ("orphans", usage.orphans),
@@ -181,16 +182,14 @@ def _list_reclaimable_metrics(usage: Reclaimable) -> list[Metric]:
         labels = {"kind": kind}
         metrics.append(
             Metric(
-                "reclaimable",
+                name,
                 "Bases that belong to no image in the store, by kind.",
                 disk_usage.count,
                 labels,
             )
         )
         metrics.append(
-            Metric(
-                "reclaimable_bytes", "What those bases have, in bytes.", disk_usage.bytes, labels
-            )
+            Metric(f"{name}_bytes", "What those bases have, in bytes.", disk_usage.bytes, labels)
         )
     return metrics
 

@@ -44,11 +44,11 @@ class Scan(NamedTuple):
     broken: Mapping[str, Verdict]
 
 
-def scan(store: Store, policy: LinkPolicy, trust_links: bool = True) -> Scan:
+def scan(store: Store, policy: LinkPolicy | None) -> Scan:
     """Scan both directories.
 
     An image is settled if its cache name is on the very inode of its file, with owner, mode and
-    marks as they must be. Without ``trust_links`` no image is settled. If the store's file system
+    marks as they must be. Without a ``policy`` no image is settled. If the store's file system
     lists other inodes than stat(2) returns, no image is settled either, and each is looked at by
     itself.
     """
@@ -77,8 +77,10 @@ def scan(store: Store, policy: LinkPolicy, trust_links: bool = True) -> Scan:
         if entry is None:
             continue
         if linked_id is None:
-            bases += _list_base(match[1], bool(match[2]), entry)
-        elif trust_links and _is_settled(entry, ids_by_inode[entry.inode], linked_id, policy):
+            bases += list_base(match[1], bool(match[2]), entry)
+        elif policy is not None and _is_settled(
+            entry, ids_by_inode[entry.inode], linked_id, policy
+        ):
             settled.append(linked_id)
     unsettled = sorted(inodes.keys() - settled)
     return Scan(settled, unsettled, bases, has_more_bases, broken)
@@ -90,7 +92,7 @@ def _is_settled(
     return image_id in ids_of_inode and rules.is_correct(entry, ids_of_inode, policy)
 
 
-def _list_base(name: str, retired: bool, entry: File) -> list[Base]:
+def list_base(name: str, retired: bool, entry: File) -> list[Base]:
     """Return the base that an entry is, in a list; nothing if it is no regular file."""
     if not stat.S_ISREG(entry.mode):
         return []

@@ -55,7 +55,7 @@ DOWNLOAD_SUFFIXES = (".part", ".converted")
 QCOW2_MAGIC = b"QFI\xfb"
 
 # The file system does not respond, and may again: see _open_error.
-_NOT_RESPONDING = frozenset(
+NOT_RESPONDING = frozenset(
     {errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EHOSTDOWN}
 )
 
@@ -197,16 +197,17 @@ class Store(contextlib.ExitStack):
         except FileNotFoundError:
             return None
 
+    def open_file(self, descriptor: int) -> File:
+        """Return what an open file is, with its marks. Raises OSError."""
+        return _file(os.fstat(descriptor), read_marks(descriptor))
+
     def facts(self, image_id: str, descriptor: int | None = None) -> Facts:
         """Return what the two directories have for an image.
 
         With ``descriptor``, the source is the open file, with its marks, whatever its name has
         become. Raises OSError.
         """
-        if descriptor is None:
-            source = self.image_file(image_id)
-        else:
-            source = _file(os.fstat(descriptor), read_marks(descriptor))
+        source = self.image_file(image_id) if descriptor is None else self.open_file(descriptor)
         name = cache_name(image_id)
         entry = self.cache_file(name)
         is_other_file = entry is not None and not (source and entry.is_same_inode(source))
@@ -272,7 +273,7 @@ class Store(contextlib.ExitStack):
         deleted the file meanwhile, LinksImpossibleError if no link at all is possible, other
         OSErrors, and AttributesNotKeptError.
         """
-        before = _file(os.fstat(descriptor), read_marks(descriptor))
+        before = self.open_file(descriptor)
         name = cache_name(image_id)
         try:
             self.set_attributes(descriptor, image_id, policy)
@@ -317,6 +318,9 @@ class Store(contextlib.ExitStack):
             _set_mark(descriptor, IMAGE_ID_MARK, image_id)
         if marks.size != status.st_size:
             _set_mark(descriptor, SIZE_MARK, str(status.st_size))
+        if marks.unused_since is not None:
+            # It was a base without an image once. When it is one again, its time starts anew.
+            os.removexattr(descriptor, UNUSED_SINCE_MARK)
 
     def _refuse_lost_attributes(self, descriptor: int, policy: LinkPolicy) -> None:
         status = os.fstat(descriptor)
@@ -515,7 +519,7 @@ def _open_cache_directory(path: str, images_owner: int) -> int:
 
 def _open_error(option: str, path: str, error: OSError) -> ConfigurationError | TemporaryError:
     what = f"{option} {path}: {error.strerror}"
-    if error.errno in _NOT_RESPONDING:
+    if error.errno in NOT_RESPONDING:
         return TemporaryError(f"{what}; its file system does not respond; remount it")
     if isinstance(error, FileNotFoundError):
         return ConfigurationError(f"{what}; mount its file system, or create it")

@@ -202,7 +202,7 @@ class Sync:
         started_at, start = datetime.now(UTC), time.monotonic()
         with Store(options.images_dir, options.cache_dir) as store, self._lock(store):
             locked_at = time.monotonic()
-            found = scan(store, options.policy, trust_links=not options.query_all)
+            found = scan(store, None if options.query_all else options.policy)
             files = self._look_at(store, found.unsettled)
             recalled = self._verdicts.recall(files)
             images, is_complete_list = self._query(store, found, recalled)
