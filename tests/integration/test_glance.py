@@ -265,7 +265,7 @@ def test_a_single_refusal_does_not_end_a_service(
     assert node.is_linked(later[0]), finished.stderr
     error = f"ln-images: Glance refuses the credentials (HTTP {status})"
     assert finished.stderr.count(error) == 1
-    assert finished.returncode == 2
+    assert finished.returncode == TemporaryError.exit_code
 
 
 # Limits, without a run of the command
