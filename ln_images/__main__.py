@@ -1,4 +1,4 @@
-"""``ln-images`` and ``python -m ln_images``."""
+"""Start ``ln-images``, which is also ``python -m ln_images``, and ``ln-images-verify``."""
 
 import sys
 
@@ -13,6 +13,11 @@ from ln_images.interrupts import run_command
 def start() -> None:
     """Run the command ``ln-images``."""
     run_command("ln-images", "ln_images.cli")
+
+
+def start_verify() -> None:
+    """Run the command ``ln-images-verify``."""
+    run_command("ln-images-verify", "ln_images.verify")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,21 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
 
-from ln_images import report
+from ln_images import interrupts, report
 from ln_images.memory import LogOnChange
 from ln_images.metrics import Metric, Textfile
 from ln_images.model import Command, ConfigurationError, Pass
 from ln_images.options import CommonOptions
 
 LOG = logging.getLogger(__name__)
+
+# Makes a progress bar, a context manager, from a label and the total.
+Progress = Callable[[str, int], Any]
 
 # Exit statuses, the least severe first.
 _SEVERITY = (0, 1, 75, 2)
@@ -88,7 +91,9 @@ class MetricsWriter:
         if self._textfile is None:
             return status
         try:
-            self._textfile.write(status, time.time(), duration, metrics)
+            # A signal would leave prometheus-client's temporary file behind.
+            with interrupts.held_back():
+                self._textfile.write(status, time.time(), duration, metrics)
         except ConfigurationError as error:
             self._failure.log(error.message)
             return most_severe(status, error.exit_code)

@@ -2,12 +2,13 @@
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import glanceclient
 import glanceclient.exc
 
+from ln_images.memory import LogOnChange
 from ln_images.model import (
     IN_FLIGHT,
     AnswerTooLargeError,
@@ -23,6 +24,8 @@ LOG = logging.getLogger(__name__)
 PAGE_SIZE = 1000
 # About 2 KB of a request line, for which every server and proxy has room.
 IDS_PER_REQUEST = 50
+# A tenant can create any number of queued images. So many of them are enough for a report.
+MOST_IN_FLIGHT = 1000
 # Nova verifies an image only if it has this property (nova.image.glance, cursive.signature_utils).
 _SIGNATURE = "img_signature"
 
@@ -32,24 +35,38 @@ class Glance:
 
     Each method raises ConfigurationError if the credential is refused or there is no image
     service, and TemporaryError if the cloud cannot be reached or answers badly. A listing is
-    complete, or it raises.
+    complete, or it raises. An answer that is too large raises AnswerTooLargeError only if a single
+    image is.
     """
 
     def __init__(self, connection: Connection, admin_role: str) -> None:
         self.connection = connection
         self._admin_role = admin_role
+        # An error, so that -q does not hide it: we could do nothing for months.
+        self._role_log = LogOnChange(LOG, logging.ERROR)
 
     def list_all(self) -> dict[str, Image]:
         """Return every image that the credential can see, by its id.
 
-        Without ``visibility=all`` Glance leaves out other projects' community images. It lists
-        hidden images only if it is asked for them alone.
+        Glance lists hidden images only if it is asked for them alone.
         """
         return self._list() | self._list(os_hidden="true")
 
     def list_in_flight(self) -> dict[str, Image]:
-        """Return the images whose data is not complete yet, by id."""
-        return self._list(status=f"in:{','.join(sorted(IN_FLIGHT))}")
+        """Return images whose data is not complete yet, by id.
+
+        If there are more than ``MOST_IN_FLIGHT``, the newest are returned and a warning is logged.
+        """
+        status = f"in:{','.join(sorted(IN_FLIGHT))}"
+        images = self._list(most=MOST_IN_FLIGHT, status=status)
+        if len(images) >= MOST_IN_FLIGHT:
+            LOG.warning(
+                "Glance has %d or more images without complete data, and we report the newest %d"
+                " of them; find out which project creates so many",
+                MOST_IN_FLIGHT,
+                MOST_IN_FLIGHT,
+            )
+        return images
 
     def list_ids(self, ids: Sequence[str]) -> dict[str, Image]:
         """Return those images among ``ids`` that the credential can see, by id."""
@@ -65,7 +82,9 @@ class Glance:
     def has_active(self) -> bool:
         """Return whether the credential can see an active image that has data."""
         filters = {"status": "active", "size_min": "1"}
-        return bool(self._first(**filters) or self._first(**filters, os_hidden="true"))
+        return bool(
+            self._list(most=1, **filters) or self._list(most=1, **filters, os_hidden="true")
+        )
 
     def has_image(self, image_id: str) -> bool:
         """Return whether Glance, queried for this one image, has it.
@@ -75,68 +94,80 @@ class Glance:
         """
         with self.connection.querying("Glance"):
             try:
-                self._images.get(image_id)
+                self._client.get(image_id)
             except glanceclient.exc.HTTPNotFound:
                 return False
         return True
 
-    def _list(self, **filters: str) -> dict[str, Image]:
-        """Return a whole listing, page by page.
+    def _list(self, most: int | None = None, **filters: str) -> dict[str, Image]:
+        """Return a whole listing, or the first ``most`` images of one.
 
         A tenant can give images so many properties that a full page exceeds the size that we read.
-        So a page that is too large is requested again with half as many images, down to one.
+        Then we query half as many images, down to one, and after each page twice as many again.
         """
         images: dict[str, Image] = {}
         page_size = PAGE_SIZE
         marker: str | None = None
         with self.connection.querying("Glance"):
+            client = self._client
+            self._check_role()
             while True:
+                if most is not None:
+                    page_size = min(page_size, most - len(images))
                 try:
-                    for document in self._request(page_size, marker, filters):
-                        image = image_of(document)
-                        _add(images, image)
-                        marker = image.id
-                    return images
+                    page = list(_list_page(client, page_size, marker, filters))
                 except AnswerTooLargeError:
                     if page_size == 1:
                         raise
                     page_size //= 2
+                    continue
+                for image in page:
+                    _add(images, image)
+                if len(page) < page_size or len(images) == most:
+                    return images
+                marker = page[-1].id
+                page_size = min(2 * page_size, PAGE_SIZE)
 
-    def _first(self, **filters: str) -> bool:
-        with self.connection.querying("Glance"):
-            return any(True for _ in self._request(1, None, filters, limit=1))
+    def _check_role(self) -> None:
+        """Log an error if the token does not have the administrator's role.
 
-    def _request(
-        self,
-        page_size: int,
-        marker: str | None,
-        filters: Mapping[str, str],
-        limit: int | None = None,
-    ) -> Any:
-        """Return glanceclient's generator of image documents, which requests page after page."""
-        arguments: dict[str, Any] = {"page_size": page_size}
-        if marker is not None:
-            arguments["marker"] = marker
-        if limit is not None:
-            arguments["limit"] = limit
-        # glanceclient changes the dict that it gets.
-        return self._images.list(filters={"visibility": "all", **filters}, **arguments)
+        It is checked for each listing, because a new token of the same process may have lost it.
+        """
+        if self.connection.has_role(self._admin_role):
+            self._role_log.log(None)
+            return
+        self._role_log.log(
+            f"the credential does not have the role {self._admin_role}, so Glance hides other"
+            " projects' private images; use another credential, or name the role with --admin-role"
+        )
 
     @functools.cached_property
-    def _images(self) -> Any:
-        """Glanceclient's images. It requests their schema once for each process."""
+    def _client(self) -> Any:
+        """Return glanceclient's images. It requests their schema once for each process."""
         endpoint = self.connection.endpoint("image")
-        if not self.connection.has_role(self._admin_role):
-            # An error, so that -q does not hide it: the tool may do nothing for months.
-            LOG.error(
-                "the credential does not have the role %s, so Glance hides other projects' private"
-                " images; use another credential, or name the role with --admin-role",
-                self._admin_role,
-            )
+        # keystoneauth1 formats the endpoint with the id of the project.
+        override = endpoint.replace("%", "%%")
         client = glanceclient.Client(
-            "2", session=self.connection.session, endpoint_override=endpoint
+            "2", session=self.connection.session, endpoint_override=override
         )
         return client.images
+
+
+def _list_page(
+    client: Any, page_size: int, marker: str | None, filters: Mapping[str, str]
+) -> Iterator[Image]:
+    """Yield the next ``page_size`` images after ``marker``; fewer if there are no more.
+
+    glanceclient follows the ``next`` links if Glance's own limit of a page is lower.
+    """
+    documents = client.list(
+        # Without visibility=all Glance leaves out other projects' community images.
+        filters={"visibility": "all", **filters},
+        page_size=page_size,
+        limit=page_size,
+        marker=marker,
+    )
+    return (image_of(document) for document in documents)
 
 
 def _add(images: dict[str, Image], image: Image) -> None:

@@ -22,10 +22,14 @@ _CHUNK = 4096
 _MOST_BYTES = 512 * 1024
 _SECTOR = 512
 
-# From docs/interop/qcow2.txt of QEMU: where the length of the header is, the length of a header of
-# version 2, the type of the extension that names a data file, and the largest cluster.
-_HEADER_LENGTH_OFFSET = 100
+# From docs/interop/qcow2.txt of QEMU: the fields of a header of version 3 that we need (version,
+# the number of bits of a cluster's size, length of the header), the length of a header of version
+# 2, an extension's type and length, the type of the one that names a data file, and the largest
+# cluster.
+_HEADER = struct.Struct(">4s I 12x I 76x I")
 _HEADER_LENGTH_V2 = 72
+_EXTENSION = struct.Struct(">II")
+_END_OF_EXTENSIONS = 0
 _DATA_FILE_EXTENSION = 0x44415441
 _LARGEST_CLUSTER_BITS = 21
 # QEMU itself writes up to five extensions.
@@ -169,26 +173,26 @@ def _names_data_file(descriptor: int) -> bool:
     the end of the first cluster. Raises ValueError if they do not fit there, which QEMU does not
     open either (QEMU, ``qcow2_read_extensions``), or if there are far more than QEMU ever writes.
     """
-    cluster = os.pread(descriptor, 1 << _LARGEST_CLUSTER_BITS, 0)
-    # A short file reads as if zeros followed, which end the extensions.
-    header = cluster[: _HEADER_LENGTH_OFFSET + 4].ljust(_HEADER_LENGTH_OFFSET + 4, b"\0")
-    if not header.startswith(QCOW2_MAGIC):
+    magic, version, cluster_bits, header_length = _read(descriptor, _HEADER, 0)
+    if magic != QCOW2_MAGIC:
         raise ValueError("not a qcow2 header")
-    # Offset 4: version. Offset 20: the number of bits of a cluster's size.
-    version, cluster_bits = struct.unpack_from(">4xI12xI", header)
-    offset = _HEADER_LENGTH_V2
-    if version >= 3:
-        (offset,) = struct.unpack_from(">I", header, _HEADER_LENGTH_OFFSET)
+    offset = header_length if version >= 3 else _HEADER_LENGTH_V2
     end = 1 << min(cluster_bits, _LARGEST_CLUSTER_BITS)
     for _ in range(_MOST_EXTENSIONS):
-        if offset + 8 > end:
+        if offset + _EXTENSION.size > end:
             return False
-        kind, length = struct.unpack(">II", cluster[offset : offset + 8].ljust(8, b"\0"))
-        if kind == 0:
+        kind, length = _read(descriptor, _EXTENSION, offset)
+        if kind == _END_OF_EXTENSIONS:
             return False
         if kind == _DATA_FILE_EXTENSION:
             return True
-        offset += 8 + (length + 7) // 8 * 8
+        # An extension is padded to a multiple of 8 bytes.
+        offset += _EXTENSION.size + (length + 7) // 8 * 8
         if offset > end:
             raise ValueError("a header extension is too long")
     raise ValueError("too many header extensions")
+
+
+def _read(descriptor: int, fields: struct.Struct, offset: int) -> tuple[Any, ...]:
+    """Return fields of an open file. Behind its end, zeros follow, as QEMU sees it."""
+    return fields.unpack(os.pread(descriptor, fields.size, offset).ljust(fields.size, b"\0"))

@@ -10,8 +10,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from ln_images.model import ConfigurationError
-from ln_images.report import printable
+from ln_images import report
+from ln_images.model import FAULTS, ConfigurationError, Outcome, Reason, Result, Verdict
 
 _OURS = logging.getLogger("ln_images")
 LOG = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def set_up(program: str, log_file: str | None, verbose: bool, quiet: bool) -> in
             f"--log-file {log_file}: {error.strerror}; name a file in a directory that exists"
         ) from None
     except OSError as error:
-        LOG.error("--log-file %s: %s; nothing is logged there", log_file, error.strerror)
+        LOG.error("--log-file %s: %s; name a file that can be written", log_file, error.strerror)
         return ConfigurationError.exit_code
     # It was opened to see that it can be.
     handler.close()
@@ -75,10 +75,28 @@ def _log_bug(
 ) -> None:
     """Log an exception that nothing expected; Python ends the process with status 1 then."""
     LOG.error(
-        "a bug: unexpected %s; report it with the traceback that the log file has and -v prints",
+        "a bug: unexpected %s; report it with its traceback, which -v prints and --log-file keeps",
         kind.__name__,
         exc_info=(kind, error, traceback),
     )
+
+
+def judge_bug(error: Exception) -> Verdict:
+    """Log an unexpected exception with its traceback, and return the image's verdict."""
+    LOG.info("unexpected exception", exc_info=error, stacklevel=2)
+    return Verdict(
+        Outcome.FAILED,
+        Reason.BUG,
+        f"unexpected {type(error).__name__}; report it with the traceback that -v prints",
+    )
+
+
+def log_problem(result: Result) -> None:
+    """Log a problem: a fault everywhere, the rest in the log file alone."""
+    if result.verdict.outcome in FAULTS:
+        LOG.error("%s", report.line(result), stacklevel=2)
+    else:
+        LOG.warning("%s", report.line(result), extra={_FILE_ONLY: True}, stacklevel=2)
 
 
 class _OneLine(logging.Formatter):
@@ -98,10 +116,10 @@ class _OneLine(logging.Formatter):
         record.message = record.getMessage()
         if self.usesTime():
             record.asctime = self.formatTime(record)
-        lines = [printable(self.formatMessage(record))]
+        lines = [report.printable(self.formatMessage(record))]
         if record.exc_info and self._with_traceback:
             traceback = self.formatException(record.exc_info).splitlines()
-            lines += [f"    {printable(line)}" for line in traceback]
+            lines += [f"    {report.printable(line)}" for line in traceback]
         return "\n".join(lines)
 
 
@@ -134,7 +152,10 @@ class _LogFile(logging.handlers.RotatingFileHandler):
         if not self._has_failed:
             self._has_failed = True
             error = sys.exc_info()[1]
-            LOG.error("--log-file %s: %s; nothing is logged there", self.baseFilename, error)
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            LOG.error(
+                "--log-file %s: %s; name a file that can be written", self.baseFilename, reason
+            )
 
 
 def _open_private(path: str, flags: int) -> int:

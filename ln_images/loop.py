@@ -1,11 +1,12 @@
 """Repeat passes by the clock, and at once when Glance has finished a file (``--every``)."""
 
 import contextlib
+import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple, Protocol
 
 from inotify_simple import INotify, flags
 
@@ -21,29 +22,31 @@ _FIRST_DELAY = 0.02
 _MOST_IDS = 50
 _FINISHED = flags.CLOSE_WRITE | flags.MOVED_TO
 _WATCHED = _FINISHED | flags.MOVE_SELF | flags.DELETE_SELF | flags.ONLYDIR
+# The limits of inotify(7), by the error that says that one of them is reached.
+_LIMITS = {
+    errno.EMFILE: "fs.inotify.max_user_instances",
+    errno.ENOSPC: "fs.inotify.max_user_watches",
+}
 
 
 class Attempt(NamedTuple):
-    """How a pass went: whether it was possible, and which images are not finished yet."""
+    """How a pass went: whether it was possible, and which images may be finished soon."""
 
     was_possible: bool
     unfinished: Collection[str] = ()
 
 
-class Wake(NamedTuple):
-    """Why the watch woke up: the ids whose files are finished, or a reason for a full pass."""
+class Passes(Protocol):
+    """What is repeated. An exception ends the repetition."""
 
-    finished: Collection[str] = ()
-    needs_full_pass: bool = False
+    def run_full(self) -> Attempt:
+        """Run a pass over all images."""
+
+    def run_partial(self, image_ids: Collection[str]) -> Attempt:
+        """Run a pass over some images."""
 
 
-def repeat(
-    images_dir: str,
-    every: float,
-    for_seconds: float | None,
-    run_full: Callable[[], Attempt],
-    run_partial: Callable[[Collection[str]], Attempt],
-) -> None:
+def repeat(passes: Passes, images_dir: str, every: float, for_seconds: float | None) -> None:
     """Run passes until ``for_seconds`` are over, or for ever. All times are in seconds.
 
     Full passes start on a steady clock, one tick every ``every`` seconds. A pass that takes longer
@@ -59,24 +62,18 @@ def repeat(
             # directory.
             watch.renew(images_dir)
             began = time.monotonic()
-            retries.run(run_full)
+            retries.reschedule(passes.run_full(), retries.list_all())
             now = time.monotonic()
             next_tick = start + (int((now - start) / every) + 1) * every
             is_last = next_tick + (now - began) > end
             deadline = end if is_last else next_tick
-            _react(watch, retries, deadline, run_full, run_partial)
+            _react(passes, watch, retries, deadline)
             if is_last and time.monotonic() >= deadline:
                 return
 
 
-def _react(
-    watch: "Watch",
-    retries: "Retries",
-    deadline: float,
-    run_full: Callable[[], Attempt],
-    run_partial: Callable[[Collection[str]], Attempt],
-) -> None:
-    """Run partial passes for what Glance finishes until ``deadline``, or until a full one is due."""
+def _react(passes: Passes, watch: "Watch", retries: "Retries", deadline: float) -> None:
+    """Run partial passes for what Glance finishes until ``deadline``, or a full one is due."""
     while (now := time.monotonic()) < deadline:
         wake = watch.wait(min(deadline, retries.next_time()) - now)
         if wake.needs_full_pass:
@@ -84,9 +81,9 @@ def _react(
         retries.add(wake.finished)
         due = retries.list_due()
         if len(due) > _MOST_IDS:
-            retries.run(run_full)
+            retries.reschedule(passes.run_full(), retries.list_all())
         elif due:
-            retries.run_for(due, run_partial)
+            retries.reschedule(passes.run_partial(due), due)
 
 
 class Retries:
@@ -98,44 +95,42 @@ class Retries:
 
     def __init__(self, every: float) -> None:
         self._every = every
-        self._due: dict[str, tuple[float, float]] = {}
+        self._schedule: dict[str, tuple[float, float]] = {}
 
     def add(self, image_ids: Collection[str]) -> None:
         """Add images that are due now."""
         now = time.monotonic()
         for image_id in image_ids:
-            self._due[image_id] = (now, _FIRST_DELAY)
+            self._schedule[image_id] = (now, _FIRST_DELAY)
 
     def next_time(self) -> float:
         """Return when the next image is due, on the monotonic clock."""
-        return min((due for due, _delay in self._due.values()), default=math.inf)
+        return min((time_ for time_, _delay in self._schedule.values()), default=math.inf)
+
+    def list_all(self) -> list[str]:
+        """Return all images that are tracked."""
+        return list(self._schedule)
 
     def list_due(self) -> list[str]:
         """Return the images that are due now."""
         now = time.monotonic()
-        return [image_id for image_id, (due, _delay) in self._due.items() if due <= now]
+        return [image_id for image_id, (time_, _delay) in self._schedule.items() if time_ <= now]
 
-    def run(self, run_full: Callable[[], Attempt]) -> None:
-        """Run a full pass, and schedule the images that are still unfinished."""
-        delays = self._take(list(self._due))
-        self._schedule(delays, run_full())
-
-    def run_for(
-        self, image_ids: Collection[str], run_partial: Callable[[Collection[str]], Attempt]
-    ) -> None:
-        """Run a partial pass, and schedule the images that are still unfinished."""
-        delays = self._take(image_ids)
-        self._schedule(delays, run_partial(image_ids))
-
-    def _take(self, image_ids: Collection[str]) -> dict[str, float]:
-        return {image_id: self._due.pop(image_id)[1] for image_id in image_ids}
-
-    def _schedule(self, delays: Mapping[str, float], attempt: Attempt) -> None:
+    def reschedule(self, attempt: Attempt, image_ids: Collection[str]) -> None:
+        """Schedule those of ``image_ids`` again that a pass has not finished; forget the others."""
         now = time.monotonic()
-        for image_id, delay in delays.items():
+        for image_id in image_ids:
+            _time, delay = self._schedule.pop(image_id)
             is_unfinished = not attempt.was_possible or image_id in attempt.unfinished
             if is_unfinished and delay <= self._every:
-                self._due[image_id] = (now + delay, 2 * delay)
+                self._schedule[image_id] = (now + delay, 2 * delay)
+
+
+class Wake(NamedTuple):
+    """Why the watch woke up: the ids whose files are finished, or a reason for a full pass."""
+
+    finished: Collection[str] = ()
+    needs_full_pass: bool = False
 
 
 class Watch:
@@ -152,11 +147,15 @@ class Watch:
             self._inotify = self._inotify or INotify()
             # The number is the same for the same directory, and is never used again for another.
             number = self._inotify.add_watch(directory, _WATCHED)
+        except (FileNotFoundError, NotADirectoryError):
+            # The full pass that follows reports it.
+            self.close()
+            return
         except OSError as error:
             self.close()
             self._warning.log(
-                f"{directory}: inotify does not work ({error.strerror}), so passes are made by the"
-                " clock alone; raise fs.inotify.max_user_instances or max_user_watches"
+                f"{directory}: inotify does not work ({error.strerror}), so images are linked by"
+                f" the clock alone; raise {_LIMITS.get(error.errno or 0, 'the limits of inotify')}"
             )
             return
         self._warning.log(None)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from ln_images.model import FAULTS, File, Outcome, Reason, Result, Verdict
 
@@ -16,23 +16,28 @@ _UNKNOWN_SECONDS = 3600
 class VerdictCache:
     """The verdicts on files that get no link, as long as the files do not change.
 
-    Only verdicts that another file alone could change are remembered: not those of images that may
-    become active, and not those of names that are occupied.
+    Only verdicts that nothing but the file or its image can change are remembered: not those of
+    images that may become active, and not those of names that are occupied.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
         self._verdicts: dict[str, tuple[File, Result]] = {}
         self._expires_at = 0.0
 
     def recall(self, files: Mapping[str, File]) -> dict[str, Result]:
-        """Return the results of those files, by image id, that are as they were."""
-        if time.monotonic() >= self._expires_at:
+        """Return the results of those files, by image id, that have not changed.
+
+        Every ten minutes all are forgotten, because Glance may say something else by then.
+        """
+        now = self._monotonic()
+        if now >= self._expires_at:
             self._verdicts = {}
-            self._expires_at = time.monotonic() + _REMEMBERED_SECONDS
+            self._expires_at = now + _REMEMBERED_SECONDS
         return {
             image_id: result
             for image_id, (file, result) in self._verdicts.items()
-            if files.get(image_id) == file
+            if image_id in files and _is_unchanged(files[image_id], file)
         }
 
     def remember(self, files: Mapping[str, File], results: Iterable[Result]) -> None:
@@ -44,7 +49,13 @@ class VerdictCache:
         }
 
 
+def _is_unchanged(file: File, before: File) -> bool:
+    """Return whether a file is what it was. Our mark on a refused file changes its ctime."""
+    return file == before._replace(changed=file.changed)
+
+
 def _is_stable(result: Result, file: File) -> bool:
+    """Return whether a verdict holds for as long as its file does not change."""
     if result.verdict.reason is Reason.UNKNOWN_TO_GLANCE:
         return time.time() - file.modified > _UNKNOWN_SECONDS
     is_active = result.status == "active"
@@ -64,6 +75,7 @@ class StandingProblems:
 
         After a partial pass, the problems of all other images still stand.
         """
+        results = list(results)
         problems = [result for result in results if result.verdict.outcome in self._LOGGED]
         new = [
             problem
@@ -71,7 +83,25 @@ class StandingProblems:
             if self._standing.get(problem.cache_name) != problem.verdict
         ]
         standing = {problem.cache_name: problem.verdict for problem in problems}
-        self._standing = self._standing | standing if partial else standing
+        if partial:
+            covered = {result.cache_name for result in results}
+            others = {name: old for name, old in self._standing.items() if name not in covered}
+            standing |= others
+        self._standing = standing
+        return new
+
+
+class NewRepairs:
+    """Remembers which links were repaired, so that each is logged once in a process."""
+
+    def __init__(self) -> None:
+        self._repaired: set[str] = set()
+
+    def list_new(self, results: Iterable[Result]) -> list[Result]:
+        """Return the results of links that were repaired for the first time in this process."""
+        repaired = [result for result in results if result.verdict.outcome is Outcome.REPAIRED]
+        new = [result for result in repaired if result.cache_name not in self._repaired]
+        self._repaired.update(result.cache_name for result in new)
         return new
 
 
@@ -83,7 +113,10 @@ class RepeatedRepairs:
         self._is_reported = False
 
     def find_first(self, results: Iterable[Result]) -> str | None:
-        """Return the cache name of a link that was repaired before; only once in a process."""
+        """Return the cache name of a link that was repaired before, or None.
+
+        A process reports that once: the cause is the same for all links.
+        """
         repaired = _cache_names(results, Reason.WRONG_ATTRIBUTES)
         repeated = sorted(repaired & self._repaired)
         self._repaired |= repaired
@@ -108,7 +141,10 @@ class RemovedLinks:
 
 
 class LogOnChange:
-    """Logs a line that every pass would repeat only if it differs from the one before."""
+    """Logs a line that every pass would repeat only if it differs from the one before.
+
+    When there is nothing to log any more, the log file gets a line that says what is over.
+    """
 
     def __init__(self, logger: logging.Logger, level: int) -> None:
         self._logger = logger
@@ -116,9 +152,11 @@ class LogOnChange:
         self._line: str | None = None
 
     def log(self, line: str | None) -> None:
-        """Log ``line``, or remember that there is nothing to log."""
-        if line is not None and line != self._line:
-            self._logger.log(self._level, "%s", line)
+        """Log ``line``, or that the one before is over if there is nothing to log."""
+        if line is None and self._line is not None:
+            self._logger.info("over: %s", self._line, stacklevel=2)
+        elif line is not None and line != self._line:
+            self._logger.log(self._level, "%s", line, stacklevel=2)
         self._line = line
 
 

@@ -1,6 +1,5 @@
 """A textfile with metrics, for node_exporter's textfile collector."""
 
-import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,12 +17,15 @@ from ln_images.model import (
 )
 
 _PREFIX = "ln_images_"
+# What a sample in the file is about: its name, and its labels in alphabetical order.
+_Series = tuple[str, tuple[tuple[str, str], ...]]
 
 
 class Metric(NamedTuple):
     """One value with its labels. ``name`` is without the common beginning ``ln_images_``.
 
     A metric whose name ends in ``_total`` is a counter: ``value`` is added to what the file has.
+    Metrics of one name have the same description and the same labels.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Textfile:
     def __init__(self, path: str, command: Command, cache_dir: str) -> None:
         """Raise ConfigurationError if prometheus-client is missing."""
         try:
+            import prometheus_client.core
             import prometheus_client.parser
         except ImportError:
             raise ConfigurationError(
@@ -50,7 +53,8 @@ class Textfile:
         self._client = prometheus_client
         self._path = path
         self._command = command
-        self._cache_dir = cache_dir
+        # The path may be no valid text.
+        self._cache_dir = os.fsencode(cache_dir).decode("utf-8", "backslashreplace")
 
     def write(
         self, exit_status: int, now: float, duration: float | None, metrics: Iterable[Metric]
@@ -62,63 +66,74 @@ class Textfile:
         ConfigurationError if the file cannot be written.
         """
         before = self._read()
-        last_success = before.get(f"{_PREFIX}last_success_timestamp_seconds", 0.0)
-        if exit_status == 0:
-            last_success = now
+        last_success = Metric(
+            "last_success_timestamp_seconds",
+            "When the last pass ended whose exit status was 0; 0 if there was none.",
+            now,
+            {"command": self._command.value},
+        )
+        if exit_status != 0:
+            last_success = last_success._replace(value=before.get(self._series(last_success), 0.0))
         own = [
             self._of_command("exit_status", "Exit status of the last pass.", exit_status),
             self._of_command("last_pass_timestamp_seconds", "When the last pass ended.", now),
-            self._of_command(
-                "last_success_timestamp_seconds",
-                "When the last pass ended whose exit status was 0; 0 if there was none.",
-                last_success,
-            ),
+            last_success,
             self._of_command("build_info", "Version of ln-images.", 1, version=__version__),
         ]
         if duration is not None:
             own.append(
                 self._of_command("pass_duration_seconds", "How long the last pass took.", duration)
             )
-        registry = self._client.CollectorRegistry()
-        families: dict[str, Any] = {}
-        for metric in [*own, *metrics]:
-            self._add(registry, families, metric, before)
-        self._save(registry)
+        self._save(self._list_families([*own, *metrics], before))
 
     def _of_command(self, name: str, description: str, value: float, **labels: str) -> Metric:
         return Metric(name, description, value, {"command": self._command.value, **labels})
 
-    def _add(
-        self,
-        registry: Any,
-        families: dict[str, Any],
-        metric: Metric,
-        before: Mapping[str, float],
-    ) -> None:
-        name = _PREFIX + metric.name
-        labels = {"cache_dir": self._cache_dir, **metric.labels}
-        is_counter = metric.name.endswith("_total")
-        if name not in families:
-            kind = self._client.Counter if is_counter else self._client.Gauge
-            families[name] = kind(name, metric.description, list(labels), registry=registry)
-        child = families[name].labels(**labels)
-        if is_counter:
-            child.inc(before.get(name, 0.0) + metric.value)
-        else:
-            child.set(metric.value)
+    def _labels(self, metric: Metric) -> dict[str, str]:
+        return {"cache_dir": self._cache_dir, **metric.labels}
 
-    def _read(self) -> dict[str, float]:
-        """Return the values in the file as it is, by name. Those with more labels are not kept."""
-        values: dict[str, float] = {}
-        with contextlib.suppress(OSError, ValueError):
-            text = Path(self._path).read_text(encoding="utf-8")
+    def _series(self, metric: Metric) -> _Series:
+        return _PREFIX + metric.name, tuple(sorted(self._labels(metric).items()))
+
+    def _list_families(
+        self, metrics: Iterable[Metric], before: Mapping[_Series, float]
+    ) -> list[Any]:
+        """Return the metrics as prometheus-client's families, counters with what they had."""
+        core = self._client.core
+        families: dict[str, Any] = {}
+        for metric in metrics:
+            name, labels = _PREFIX + metric.name, self._labels(metric)
+            value = metric.value
+            is_counter = metric.name.endswith("_total")
+            if is_counter:
+                value += before.get(self._series(metric), 0.0)
+            if name not in families:
+                kind = core.CounterMetricFamily if is_counter else core.GaugeMetricFamily
+                families[name] = kind(name, metric.description, labels=list(labels))
+            families[name].add_metric(list(labels.values()), value)
+        return list(families.values())
+
+    def _read(self) -> dict[_Series, float]:
+        """Return the values in the file as it is; nothing if it is no file of metrics."""
+        values: dict[_Series, float] = {}
+        path = Path(self._path)
+        # A FIFO would be waited for.
+        if not path.is_file():
+            return values
+        try:
+            text = path.read_text(encoding="utf-8")
             for family in self._client.parser.text_string_to_metric_families(text):
                 for sample in family.samples:
-                    if sample.labels.get("cache_dir") == self._cache_dir:
-                        values[sample.name] = sample.value
+                    values[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+        except Exception:
+            # The parser raises whatever comes first. Counters then begin at 0, as Prometheus
+            # expects of a process that starts.
+            return {}
         return values
 
-    def _save(self, registry: Any) -> None:
+    def _save(self, families: list[Any]) -> None:
+        registry = self._client.CollectorRegistry()
+        registry.register(_Collector(families))
         # prometheus-client writes a file beside it and renames that. The collector's user must be
         # able to read it, whatever umask cron has.
         umask = os.umask(0o022)
@@ -131,6 +146,17 @@ class Textfile:
             ) from None
         finally:
             os.umask(umask)
+
+
+class _Collector:
+    """What prometheus-client collects the metrics from."""
+
+    def __init__(self, families: list[Any]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Any]:
+        """Return the families."""
+        return self._families
 
 
 def list_link_metrics(pass_: Pass, counts: Mapping[str, int]) -> list[Metric]:
@@ -171,26 +197,20 @@ def removed_links_metric(count: int) -> Metric:
     )
 
 
-def list_reclaimable_metrics(usage: Reclaimable, name: str) -> list[Metric]:
+def list_reclaimable_metrics(reclaimable: Reclaimable, name: str) -> list[Metric]:
     """Return the metrics ``<name>`` and ``<name>_bytes``; each command has a name of its own."""
     metrics = []
-    for kind, disk_usage in (
-        ("orphans", usage.orphans),
-        ("unmarked", usage.unmarked),
-        ("retired", usage.retired),
-    ):
+    for kind, usage in reclaimable.by_kind().items():
         labels = {"kind": kind}
-        metrics.append(
+        metrics += [
             Metric(
                 name,
                 "Bases that belong to no image in the store, by kind.",
-                disk_usage.count,
+                usage.count,
                 labels,
-            )
-        )
-        metrics.append(
-            Metric(f"{name}_bytes", "What those bases have, in bytes.", disk_usage.bytes, labels)
-        )
+            ),
+            Metric(f"{name}_bytes", "What those bases have, in bytes.", usage.bytes, labels),
+        ]
     return metrics
 
 

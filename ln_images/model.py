@@ -308,6 +308,10 @@ class Reclaimable:
     unmarked: DiskUsage = field(default_factory=DiskUsage)
     retired: DiskUsage = field(default_factory=DiskUsage)
 
+    def by_kind(self) -> dict[str, DiskUsage]:
+        """Return the disk usage under the name that reports and metrics have for its kind."""
+        return {"orphans": self.orphans, "unmarked": self.unmarked, "retired": self.retired}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkPolicy:
@@ -357,6 +361,7 @@ class Pass:
     ``settled`` are the ids of images whose links the disk alone shows to be correct: Glance was not
     queried about them. ``error`` says why the pass could not do all of its work. ``partial`` says
     that the pass was over some images only. ``lock_seconds`` is how long it held the lock.
+    ``bytes_read`` is how much image content it read; None if its command reads none.
     """
 
     command: Command
@@ -370,6 +375,7 @@ class Pass:
     error: "LnImagesError | None" = None
     partial: bool = False
     lock_seconds: float = 0.0
+    bytes_read: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ import pwd
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import IO, Any
 
 import click
@@ -251,8 +251,9 @@ def common_options(variable_prefix: str) -> Callable[[Callable[..., Any]], Calla
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def with_common(**values: Any) -> Any:
-            names = CommonOptions.__dataclass_fields__
-            common = CommonOptions(**{name: values.pop(name) for name in names})
+            common = CommonOptions(
+                **{field.name: values.pop(field.name) for field in fields(CommonOptions)}
+            )
             return command(common=common, **values)
 
         for option in reversed(options):

@@ -3,10 +3,11 @@
 The functions here return text and print nothing.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from prettytable import PrettyTable
@@ -15,20 +16,21 @@ from ln_images.model import (
     CHANGES,
     FAULTS,
     OUTCOMES,
-    DiskUsage,
     Outcome,
     Pass,
     Reason,
-    Reclaimable,
     Result,
     Verdict,
     cache_name,
 )
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_COLUMNS = ("NAME", "ID", "STATUS", "SIZE", "OUTCOME", "REASON")
-# The columns that a terminal can be too narrow for are wrapped, but not to less than this.
-_NARROWEST = 16
+_HEADINGS = ("NAME", "ID", "STATUS", "SIZE", "OUTCOME", "REASON")
+_GAP = 2
+# On a terminal that is too narrow, an id has so many characters: its first group, as Git shortens
+# hashes. Names and reasons are wrapped, but not to less than so many columns.
+_SHORT_ID = 8
+_NARROWEST = 8
 _COLOURS: dict[Outcome, str] = {
     Outcome.LINKED: "green",
     Outcome.REPAIRED: "green",
@@ -118,7 +120,7 @@ def document(pass_: Pass, status: int, everything: bool) -> dict[str, Any]:
         "exit_status": status,
         "error": None if pass_.error is None else pass_.error.message,
         "counts": {outcome.value: counter[outcome] for outcome in OUTCOMES[pass_.command]},
-        "reclaimable": {kind: asdict(usage) for kind, usage in _list_usage(pass_.reclaimable)},
+        "reclaimable": asdict(pass_.reclaimable),
         "images": [_result_document(result) for result in list_results(pass_, everything)],
         **pass_.extra,
     }
@@ -136,16 +138,8 @@ def _result_document(result: Result) -> dict[str, Any]:
     }
 
 
-def _list_usage(usage: Reclaimable) -> list[tuple[str, DiskUsage]]:
-    return [
-        ("orphans", usage.orphans),
-        ("unmarked", usage.unmarked),
-        ("retired", usage.retired),
-    ]
-
-
 def summary(pass_: Pass) -> str:
-    """Return one line: how many images had which outcome, what is reclaimable, and the time."""
+    """Return one line: the number of images by outcome, what is reclaimable, and the time."""
     counter = counts(pass_)
     parts = [
         f"{counter[outcome]} {outcome}" for outcome in OUTCOMES[pass_.command] if counter[outcome]
@@ -157,7 +151,10 @@ def summary(pass_: Pass) -> str:
     ]
     if removed:
         parts.append(f"{size_text(sum(removed))} freed")
-    for kind, usage in _list_usage(pass_.reclaimable):
+    if pass_.bytes_read is not None:
+        rate = round(pass_.bytes_read / max(pass_.duration, 0.001))
+        parts.append(f"{size_text(pass_.bytes_read)} read at {size_text(rate)}/s")
+    for kind, usage in pass_.reclaimable.by_kind().items():
         if usage.count:
             parts.append(f"{size_text(usage.bytes)} reclaimable ({usage.count} {kind})")
     parts.append(f"{pass_.duration:.1f} s")
@@ -166,47 +163,105 @@ def summary(pass_: Pass) -> str:
 
 
 def table(results: Sequence[Result], width: int | None = None, colour: bool = False) -> str:
-    """Return the results as aligned lines under a heading, or nothing if there are none.
+    """Return the results as aligned lines under a heading, or "" if there are none.
 
-    With ``width``, names and reasons are wrapped so that a line has at most so many columns.
+    Each result is one line. With ``width``, the number of columns of a terminal, ids are shortened
+    and names and reasons are wrapped if the table is wider than that.
     """
     if not results:
         return ""
     rows = [_row(result) for result in results]
-    pretty = PrettyTable(_COLUMNS, border=False, align="l")
+    if width is not None and _table_width(rows) > width:
+        rows = _narrow(rows, width)
+    pretty = PrettyTable(_HEADINGS, border=False, align="l")
     pretty.left_padding_width = 0
-    pretty.right_padding_width = 2
-    if width is not None:
-        _limit_width(pretty, rows, width)
+    pretty.right_padding_width = _GAP
     for result, row in zip(results, rows, strict=True):
-        if colour:
-            row[4] = click.style(row[4], fg=_COLOURS.get(result.verdict.outcome))
-        pretty.add_row(row)
+        cells = row._asdict()
+        outcome_colour = _COLOURS.get(result.verdict.outcome)
+        if colour and outcome_colour is not None:
+            cells["outcome"] = click.style(row.outcome, fg=outcome_colour)
+        pretty.add_row(list(cells.values()))
     return "\n".join(line.rstrip() for line in pretty.get_string().splitlines())
 
 
-def _limit_width(pretty: PrettyTable, rows: Sequence[Sequence[str]], width: int) -> None:
-    """Wrap names and reasons, so that together with the other columns they fit."""
-    fixed = sum(
-        max(len(heading), *(len(row[column]) for row in rows)) + 2
-        for column, heading in enumerate(_COLUMNS)
-        if heading not in ("NAME", "REASON")
+class _Row(NamedTuple):
+    """The cells of one result, in the order of the headings."""
+
+    name: str
+    id: str
+    status: str
+    size: str
+    outcome: str
+    reason: str
+
+
+def _row(result: Result) -> _Row:
+    return _Row(
+        name=printable(result.name or "-"),
+        id=printable(result.id or result.cache_name),
+        status=printable(result.status or "-"),
+        size=size_text(result.size),
+        outcome=result.verdict.outcome.value,
+        reason=printable(result.verdict.sentence or ""),
     )
-    available = width - fixed - 4
-    pretty.max_width["NAME"] = max(_NARROWEST, available // 3)
-    pretty.max_width["REASON"] = max(_NARROWEST, available - available // 3)
 
 
-def _row(result: Result) -> list[str]:
-    cells = [
-        result.name or "-",
-        result.id or result.cache_name,
-        result.status or "-",
-        size_text(result.size),
-        result.verdict.outcome.value,
-        result.verdict.sentence or "",
+def _narrow(rows: Sequence[_Row], width: int) -> list[_Row]:
+    """Shorten ids, and wrap names and reasons so that the table has at most ``width`` columns.
+
+    A name gets what the reasons leave, or a third if they would leave less than that.
+    """
+    rows = [row._replace(id=row.id[:_SHORT_ID]) for row in rows]
+    names, *_, reasons = _column_widths(rows)
+    available = width - (_table_width(rows) - names - reasons)
+    name_width = max(min(names, max(available - reasons, available // 3)), _NARROWEST)
+    reason_width = max(available - name_width, _NARROWEST)
+    return [
+        row._replace(name=_wrap(row.name, name_width), reason=_wrap(row.reason, reason_width))
+        for row in rows
     ]
-    return [printable(cell) for cell in cells]
+
+
+def _table_width(rows: Sequence[_Row]) -> int:
+    return sum(_column_widths(rows)) + _GAP * (len(_HEADINGS) - 1)
+
+
+def _column_widths(rows: Sequence[_Row]) -> list[int]:
+    columns = zip(_HEADINGS, *rows, strict=True)
+    return [max(_text_width(cell) for cell in column) for column in columns]
+
+
+def _text_width(text: str) -> int:
+    """Return how many columns of a terminal a printable text takes."""
+    return sum(_character_width(character) for character in text)
+
+
+def _character_width(character: str) -> int:
+    # Unicode Standard Annex 11: wide and fullwidth characters, such as Chinese, take two columns.
+    if unicodedata.east_asian_width(character) in ("W", "F"):
+        return 2
+    # Marks, such as accents, are drawn over the character before them.
+    return 0 if unicodedata.category(character) in ("Mn", "Me") else 1
+
+
+def _wrap(text: str, width: int) -> str:
+    """Break a text into lines of at most ``width`` columns, at spaces if possible.
+
+    ``textwrap`` counts characters, not columns.
+    """
+    lines = [""]
+    for word in text.split(" "):
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if _text_width(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines.append("")
+        for character in word:
+            if _text_width(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return "\n".join(line for line in lines if line)
 
 
 def line(result: Result) -> str:

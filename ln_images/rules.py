@@ -45,20 +45,37 @@ _KINDS = {
 
 
 def decide(image: Image, facts: Facts, policy: LinkPolicy, now: float) -> Decision:
-    """Decide what happens to one image. ``now`` is in seconds since the epoch."""
-    verdict = judge_image(image, policy)
-    if verdict is not None:
-        return Decision(_judge_signed_link(image, facts, verdict))
+    """Decide what happens to one image. ``now`` is in seconds since the epoch.
+
+    The comments have the numbers of the rules at the top of this module.
+    """
     source, entry = facts.source, facts.entry
-    verdict = _judge_file(image, source, entry, now)
+    is_linked = source is not None and entry is not None and entry.is_same_inode(source)
+
+    # 1. What Glance says about the image.
+    verdict = judge_image(image, policy)
+    if verdict is not None and verdict.reason is Reason.SIGNED and is_linked:
+        return Decision(_signed_after_linking(image))
     if verdict is not None:
         return Decision(verdict)
-    assert source is not None  # noqa: S101 - _judge_file has a verdict for that
-    if entry is not None and not entry.is_same_inode(source):
+
+    # 2. The image's own file.
+    if source is None:
+        return Decision(_judge_missing_file(image))
+    verdict = _judge_file(image, source, is_linked, now)
+    if verdict is not None:
+        return Decision(verdict)
+
+    # 3. Another file has the cache name.
+    if entry is not None and not is_linked:
         return Decision(_judge_other_file(image, source, entry, facts.entry_is_raw))
+
+    # 4. The link is there.
     if entry is not None:
         return _decide_on_link(image, entry, facts.mark_is_shared, policy)
-    if image.importing_to and not _is_quiet(source, now):
+
+    # 5. The cache name is free.
+    if _is_being_copied(image, source, now):
         return Decision(_being_copied(image))
     if facts.is_downloading:
         return Decision(
@@ -125,53 +142,51 @@ def judge_error(error: OSError, is_root: bool) -> Verdict:
         )
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         sentence += "; free space or inodes on the file system of the store"
+    elif error.errno in (errno.EIO, errno.EROFS, errno.EUCLEAN):
+        sentence += "; look at the kernel's log, and check the file system"
     elif error.errno == errno.EMLINK:
         sentence += "; the file has as many names as its file system can count"
     return Verdict(Outcome.FAILED, Reason.SYSTEM_ERROR, sentence)
 
 
-def _judge_signed_link(image: Image, facts: Facts, verdict: Verdict) -> Verdict:
-    """Return ``verdict``, or what is wrong if a signed image has a link already."""
-    source, entry = facts.source, facts.entry
-    is_linked = source is not None and entry is not None and entry.is_same_inode(source)
-    if verdict.reason is Reason.SIGNED and is_linked:
-        return Verdict(
-            Outcome.REFUSED,
-            Reason.SIGNED_AFTER_LINKING,
-            "it was signed after it was linked, and Nova does not verify the link; ask its owner"
-            f" to remove the signature from {image.id}, or to upload a new image",
-        )
-    return verdict
+def _signed_after_linking(image: Image) -> Verdict:
+    return Verdict(
+        Outcome.REFUSED,
+        Reason.SIGNED_AFTER_LINKING,
+        "it was signed after it was linked, and Nova does not verify the link; ask its owner"
+        f" to remove the signature from {image.id}, or to upload a new image",
+    )
 
 
-def _judge_file(
-    image: Image, source: File | None, entry: File | None, now: float
-) -> Verdict | None:
+def _judge_missing_file(image: Image) -> Verdict:
+    """Return what it means that the image has no file in this store."""
+    if image.importing_to is not None:
+        return _being_copied(image)
+    return _skipped(Reason.NO_FILE, "no file in this store")
+
+
+def _judge_file(image: Image, source: File, is_linked: bool, now: float) -> Verdict | None:
     """Return why the image's own file rules out a link, or None if it is complete."""
-    if source is None:
-        if image.importing_to:
-            return _being_copied(image)
-        return _skipped(Reason.NO_FILE, "no file in this store")
     if not stat.S_ISREG(source.mode):
         return Verdict(Outcome.REFUSED, Reason.NOT_A_REGULAR_FILE, f"the file is {_kind(source)}")
-    size = image.size or 0
-    sizes = f"{source.size} of {size} bytes"
-    if source.size == size:
+    if source.size == image.size:
         return None
-    is_linked = entry is not None and entry.is_same_inode(source)
-    if is_linked and not image.importing_to:
+    sizes = f"{source.size} of {image.size} bytes"
+    if is_linked and not _is_being_copied(image, source, now):
+        # It was complete when it was linked.
         return Verdict(
             Outcome.DAMAGED,
             Reason.LINKED_FILE_WRONG_SIZE,
             f"the linked file has {sizes}; follow docs/recovery.md",
         )
-    if source.size > size:
+    if image.size is not None and source.size > image.size:
         return Verdict(
             Outcome.REFUSED,
             Reason.FILE_TOO_LONG,
-            f"the file has {source.size} bytes, Glance states {size}",
+            f"the file has {source.size} bytes, Glance states {image.size}; upload it"
+            " again as a new image",
         )
-    if _is_quiet(source, now) and not image.importing_to:
+    if _is_quiet(source, now) and image.importing_to is None:
         return Verdict(
             Outcome.DAMAGED,
             Reason.FILE_TOO_SHORT,
@@ -252,9 +267,21 @@ def _skipped(reason: Reason, sentence: str) -> Verdict:
     return Verdict(Outcome.SKIPPED, reason, sentence)
 
 
+def _is_being_copied(image: Image, file: File, now: float) -> bool:
+    """Return whether Glance is copying an image to a store, which may be this one.
+
+    An interrupted copy leaves ``os_glance_importing_to_stores`` behind for ever (Glance,
+    LP#1884596), so a file that nobody writes to shows that the copy is over.
+    """
+    return image.importing_to is not None and not _is_quiet(file, now)
+
+
 def _is_quiet(file: File, now: float) -> bool:
-    """Return whether nobody has written to a file for an hour."""
-    return now - file.modified >= QUIET_SECONDS
+    """Return whether nobody has written to a file for an hour.
+
+    A time that is further than an hour in the future is not that of a recent write either.
+    """
+    return abs(now - file.modified) >= QUIET_SECONDS
 
 
 def _kind(file: File) -> str:

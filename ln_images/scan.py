@@ -1,10 +1,11 @@
 """Scan both directories: which images are linked already, and which bases belong to no image."""
 
+import contextlib
 import os
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ln_images import rules
@@ -22,9 +23,10 @@ from ln_images.store import Store
 
 RETIRED_SUFFIX = ".retired"
 # Nova's other files (``<sha1>_20``, ``ephemeral_*``, ``swap_*``) have names of other forms.
-_BASE_NAME = re.compile(r"([0-9a-f]{40})(\.retired)?")
-# A compute node can create any number of names in the cache. We look at so many of those that
-# belong to no image in the store.
+_BASE_NAME = re.compile(r"[0-9a-f]{40}(\.retired)?")
+# A compute node can create any number of names in the cache. So much of what belongs to no image in
+# the store we list, and so much of that we look at.
+MOST_FOREIGN_NAMES = 100_000
 MOST_BASES = 10_000
 
 
@@ -32,9 +34,9 @@ class Scan(NamedTuple):
     """What both directories show, without a query to Glance.
 
     ``settled`` are the ids whose links are as they must be. ``unsettled`` are the others that have
-    a name in the store. ``bases`` belong to no image in the store; at most MOST_BASES of them are
-    looked at, and ``has_more_bases`` says that there are more. ``broken`` are the entries of the
-    cache that could not be looked at, by name.
+    a name in the store. ``bases`` belong to no image in the store. ``has_more_bases`` says that
+    the cache has more names than we look at. ``broken`` are the entries of the cache that belong to
+    no image in the store and that could not be looked at, by name.
     """
 
     settled: Sequence[str]
@@ -44,46 +46,77 @@ class Scan(NamedTuple):
     broken: Mapping[str, Verdict]
 
 
-def scan(store: Store, policy: LinkPolicy | None) -> Scan:
+def scan(store: Store, policy: LinkPolicy | None, trust_links: bool = True) -> Scan:
     """Scan both directories.
 
     An image is settled if its cache name is on the very inode of its file, with owner, mode and
-    marks as they must be. Without a ``policy`` no image is settled. If the store's file system
-    lists other inodes than stat(2) returns, no image is settled either, and each is looked at by
-    itself.
+    marks as they must be. Without a policy or ``trust_links`` no image is settled. If the store's
+    file system lists other inodes than stat(2) returns, no image is settled either, and each is
+    looked at by itself.
+
+    Raises LnImagesError if a directory cannot be listed.
     """
     inodes = store.list_store()
+    limit = len(inodes) + MOST_FOREIGN_NAMES
+    names = set(store.list_cache(limit))
+    is_cut_off = len(names) >= limit
     ids_by_name = {cache_name(image_id): image_id for image_id in inodes}
+    settled: set[str] = set()
+    if policy is not None and trust_links:
+        # A name that is not in a list that was cut off may be there all the same.
+        present = ids_by_name if is_cut_off else ids_by_name.keys() & names
+        settled = _find_settled(
+            store, policy, inodes, {name: ids_by_name[name] for name in present}
+        )
+    foreign = sorted(name for name in names - ids_by_name.keys() if _BASE_NAME.fullmatch(name))
+    bases, broken = _look_at_bases(store, foreign[:MOST_BASES])
+    return Scan(
+        settled=sorted(settled),
+        unsettled=sorted(inodes.keys() - settled),
+        bases=bases,
+        has_more_bases=is_cut_off or len(foreign) > MOST_BASES,
+        broken=broken,
+    )
+
+
+def _find_settled(
+    store: Store, policy: LinkPolicy, inodes: Mapping[str, int], ids_by_name: Mapping[str, str]
+) -> set[str]:
+    """Return the ids of the images whose link is as it must be.
+
+    ``inodes`` has the inode of each image in the store, and ``ids_by_name`` the images to look at.
+    """
     ids_by_inode = defaultdict(list)
     for image_id, inode in inodes.items():
         ids_by_inode[inode].append(image_id)
-    settled: list[str] = []
+    settled = set()
+    for name, image_id in ids_by_name.items():
+        # An entry that cannot be looked at is the image's own failure.
+        with contextlib.suppress(OSError):
+            entry = store.cache_file(name)
+            if entry is not None and _is_settled(
+                entry, ids_by_inode[entry.inode], image_id, policy
+            ):
+                settled.add(image_id)
+    return settled
+
+
+def _look_at_bases(
+    store: Store, names: Iterable[str]
+) -> tuple[Sequence[Base], Mapping[str, Verdict]]:
+    """Return the bases that have these names, and the verdicts on those that are broken."""
     bases: list[Base] = []
     broken: dict[str, Verdict] = {}
-    has_more_bases = False
-    for name in store.list_cache():
-        match = _BASE_NAME.fullmatch(name)
-        if match is None:
-            continue
-        linked_id = ids_by_name.get(name)
-        if linked_id is None and len(bases) >= MOST_BASES:
-            has_more_bases = True
-            continue
+    for name in names:
         try:
             entry = store.cache_file(name)
         except OSError as error:
             broken[name] = rules.judge_error(error, is_root=os.geteuid() == 0)
-            continue
-        if entry is None:
-            continue
-        if linked_id is None:
-            bases += list_base(match[1], bool(match[2]), entry)
-        elif policy is not None and _is_settled(
-            entry, ids_by_inode[entry.inode], linked_id, policy
-        ):
-            settled.append(linked_id)
-    unsettled = sorted(inodes.keys() - settled)
-    return Scan(settled, unsettled, bases, has_more_bases, broken)
+        else:
+            # Nova makes regular files only.
+            if entry is not None and stat.S_ISREG(entry.mode):
+                bases.append(base_of(name, entry))
+    return bases, broken
 
 
 def _is_settled(
@@ -92,14 +125,20 @@ def _is_settled(
     return image_id in ids_of_inode and rules.is_correct(entry, ids_of_inode, policy)
 
 
-def list_base(name: str, retired: bool, entry: File) -> list[Base]:
-    """Return the base that an entry is, in a list; nothing if it is no regular file."""
-    if not stat.S_ISREG(entry.mode):
-        return []
+def base_of(name: str, entry: File) -> Base:
+    """Return the base that a regular file with a base's name is."""
+    original_name = name.removesuffix(RETIRED_SUFFIX)
     marked_id = entry.marks.image_id if entry.marks else None
     # A mark proves its image id by the name: it may have been written by somebody else.
-    is_proved = marked_id is not None and is_image_id(marked_id) and cache_name(marked_id) == name
-    return [Base(name, marked_id if is_proved else None, retired, entry)]
+    is_proved = (
+        marked_id is not None and is_image_id(marked_id) and cache_name(marked_id) == original_name
+    )
+    return Base(
+        name=original_name,
+        image_id=marked_id if is_proved else None,
+        retired=name != original_name,
+        file=entry,
+    )
 
 
 def reclaimable(bases: Collection[Base]) -> Reclaimable:

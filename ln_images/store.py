@@ -1,7 +1,7 @@
 """The two directories: Glance's store and Nova's cache.
 
-This module takes the lock, scans both directories, collects facts about one image, and links or
-repairs it. It decides nothing: ``rules.py`` does. It has no call that could rename or remove a file.
+This module takes the lock, lists both directories, collects facts about one image, and links or
+repairs it. It decides nothing: ``rules.py`` does. It has no call that renames or removes a file.
 
 It works through descriptors: both directories are opened once, and the file that is linked is the
 file that was opened and checked, whatever its name has become meanwhile. Every entry of the cache
@@ -11,12 +11,13 @@ may have been planted by an enemy: only regular files are opened, and no symboli
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import re
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from ln_images.model import (
     File,
     LinkPolicy,
     Marks,
+    Outcome,
     Owner,
     Reason,
     TemporaryError,
@@ -45,7 +47,7 @@ UNUSED_SINCE_MARK = "user.ln_images.unused_since"
 # inspect it again.
 REFUSED_MARK = "user.ln_images.refused"
 # Marks are short. A longer one was written by somebody else.
-_LONGEST_MARK = 4096
+_LONGEST_MARK = 1024
 _SIZE = re.compile("[0-9]{1,20}")
 _TIME = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
 
@@ -54,7 +56,7 @@ _TIME = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
 DOWNLOAD_SUFFIXES = (".part", ".converted")
 QCOW2_MAGIC = b"QFI\xfb"
 
-# The file system does not respond, and may again: see _open_error.
+# The file system does not respond, and may respond again later.
 NOT_RESPONDING = frozenset(
     {errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EHOSTDOWN}
 )
@@ -106,12 +108,22 @@ class Store(contextlib.ExitStack):
         self.images_dir = images_dir
         self.cache_dir = cache_dir
         with contextlib.ExitStack() as opened:
-            self._images = _open_images_directory(images_dir)
-            opened.callback(os.close, self._images)
-            self.cache = _open_cache_directory(cache_dir, os.fstat(self._images).st_uid)
-            opened.callback(os.close, self.cache)
-            self._refuse_impossible_pairs()
+            with self._using_images():
+                self._images = os.open(images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                opened.callback(os.close, self._images)
+                images_owner = os.fstat(self._images).st_uid
+            with self._using_cache():
+                _refuse_replaceable_directory(cache_dir, trusted={0, os.geteuid(), images_owner})
+                self.cache = _open_without_following(cache_dir)
+                opened.callback(os.close, self.cache)
+                self._refuse_impossible_pairs()
             self.push(opened.pop_all())
+
+    def _using_images(self) -> contextlib.AbstractContextManager[None]:
+        return _translating(f"--images-dir {self.images_dir}")
+
+    def _using_cache(self) -> contextlib.AbstractContextManager[None]:
+        return _translating(f"--cache-dir {self.cache_dir}")
 
     def _refuse_impossible_pairs(self) -> None:
         images, cache = os.fstat(self._images), os.fstat(self.cache)
@@ -141,20 +153,27 @@ class Store(contextlib.ExitStack):
         is left behind by a crash.
         """
         deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.flock(self.cache, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise AnotherRunError(
-                        f"{self.cache_dir}: {self._lock_holder()} holds the lock; let it finish"
-                    ) from None
-                time.sleep(0.05)
+        while not self._try_lock():
+            if time.monotonic() >= deadline:
+                raise AnotherRunError(
+                    f"{self.cache_dir}: {self._lock_holder()} holds the lock; let it finish"
+                )
+            time.sleep(0.05)
         try:
             yield
         finally:
-            fcntl.flock(self.cache, fcntl.LOCK_UN)
+            # A file system that has died meanwhile must not hide what happened before.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self.cache, fcntl.LOCK_UN)
+
+    def _try_lock(self) -> bool:
+        """Take the lock and return True, or return False if somebody else has it."""
+        with self._using_cache():
+            try:
+                fcntl.flock(self.cache, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
 
     def _lock_holder(self) -> str:
         """Describe the process that holds the lock, as far as the kernel shows it."""
@@ -173,12 +192,22 @@ class Store(contextlib.ExitStack):
         The inode is the one that the directory lists. On some file systems, such as overlayfs, it
         is not the one that stat(2) returns.
         """
-        with os.scandir(self._images) as entries:
+        with self._using_images(), os.scandir(self._images) as entries:
             return {entry.name: entry.inode() for entry in entries if is_image_id(entry.name)}
 
-    def list_cache(self) -> list[str]:
-        """Return every name in the cache."""
-        return os.listdir(self.cache)
+    def list_cache(self, limit: int | None = None) -> list[str]:
+        """Return the names in the cache, or the first ``limit`` of them in no order."""
+        with self._using_cache(), os.scandir(self.cache) as entries:
+            return [entry.name for entry in itertools.islice(entries, limit)]
+
+    def refuse_dead_file_system(self) -> None:
+        """Raise TemporaryError if one of the directories cannot be listed any more."""
+        for directory, using in (
+            (self._images, self._using_images()),
+            (self.cache, self._using_cache()),
+        ):
+            with using, os.scandir(directory) as entries:
+                next(entries, None)
 
     def image_file(self, image_id: str) -> File | None:
         """Return what has an image's name in the store, or None."""
@@ -274,30 +303,50 @@ class Store(contextlib.ExitStack):
         OSErrors, and AttributesNotKeptError.
         """
         before = self.open_file(descriptor)
-        name = cache_name(image_id)
         try:
             self.set_attributes(descriptor, image_id, policy)
-        except (OSError, AttributesNotKeptError):
+            self._make_name(descriptor, cache_name(image_id))
+        except (OSError, AttributesNotKeptError, LinksImpossibleError):
             _restore_attributes(descriptor, before)
             raise
+        with contextlib.suppress(OSError):
+            os.removexattr(descriptor, REFUSED_MARK)
+
+    def _make_name(self, descriptor: int, name: str) -> None:
+        """Give the open inode a name in the cache, unless it has it already."""
         try:
             os.link(
                 f"/proc/self/fd/{descriptor}", name, dst_dir_fd=self.cache, follow_symlinks=True
             )
         except FileExistsError:
             entry = self.cache_file(name)
-            if entry is None or not entry.is_same_inode(before):
-                _restore_attributes(descriptor, before)
+            if entry is None or not entry.is_same_inode(_file(os.fstat(descriptor), None)):
                 raise
         except OSError as error:
-            _restore_attributes(descriptor, before)
-            if _refuses_every_link(error, descriptor):
-                raise LinksImpossibleError(
-                    f"{self.cache_dir}: the file system refuses hard links from"
-                    f" {self.images_dir} ({error.strerror}); put both directories on one file"
-                    " system that can link between them, which mergerfs and BeeGFS cannot"
-                ) from None
+            if self._is_every_link_refused(error, descriptor):
+                raise self._impossible_links(error) from None
             raise
+
+    def _is_every_link_refused(self, error: OSError, descriptor: int) -> bool:
+        """Return whether link(2) failed for a reason that is not about this one file.
+
+        EPERM is about one file if that is immutable or append-only (chattr(1)), and about the user
+        if that is not root (``fs.protected_hardlinks``, proc_sys_fs(5)).
+        """
+        if error.errno == errno.EXDEV:
+            return True
+        return error.errno == errno.EPERM and os.geteuid() == 0 and not _is_immutable(descriptor)
+
+    def _impossible_links(self, error: OSError) -> LinksImpossibleError:
+        if _is_immutable(self.cache):
+            return LinksImpossibleError(
+                f"{self.cache_dir} is immutable or append-only; run `chattr -i -a {self.cache_dir}`"
+            )
+        return LinksImpossibleError(
+            f"{self.cache_dir}: the file system refuses hard links from {self.images_dir}"
+            f" ({error.strerror}); put both directories on one file system that can link between"
+            " them, which some, such as mergerfs and BeeGFS, cannot always"
+        )
 
     def set_attributes(self, descriptor: int, image_id: str, policy: LinkPolicy) -> None:
         """Set owner, mode and marks of the open inode, each only if it differs, and read them back.
@@ -334,22 +383,28 @@ class Store(contextlib.ExitStack):
             )
 
     def remember_refusal(self, descriptor: int, key: str, verdict: Verdict) -> None:
-        """Leave a mark that says why a file was refused; a file system without marks has none.
+        """Leave a mark that says why a file was refused.
 
-        ``key`` identifies what was judged, for :meth:`read_refusal`.
+        ``key`` identifies what was judged, for :meth:`read_refusal`. A file system without extended
+        attributes keeps no mark, and neither does a file that has no room for one.
         """
         text = f"{key}\n{verdict.reason}\n{verdict.sentence or ''}"
         with contextlib.suppress(OSError):
-            os.setxattr(descriptor, REFUSED_MARK, text.encode("utf-8", "backslashreplace"))
+            os.setxattr(descriptor, REFUSED_MARK, text.encode())
 
-    def read_refusal(self, descriptor: int, key: str) -> tuple[Reason, str] | None:
-        """Return why the file was refused before, if what was judged then is still the same."""
-        text = _read_mark(descriptor, REFUSED_MARK)
-        parts = text.split("\n", 2) if text else []
-        if len(parts) != 3 or parts[0] != key:
+    def read_refusal(self, descriptor: int, key: str) -> Verdict | None:
+        """Return the verdict on a file that was refused, if what was judged is still the same.
+
+        Somebody else may have written the mark, so only a short and printable one counts.
+        """
+        text = None
+        with contextlib.suppress(OSError):
+            text = _read_mark(descriptor, REFUSED_MARK)
+        parts = text.split("\n") if text else []
+        if len(parts) != 3 or parts[0] != key or not parts[2].isprintable():
             return None
         try:
-            return Reason(parts[1]), parts[2]
+            return Verdict(Outcome.REFUSED, Reason(parts[1]), parts[2])
         except ValueError:
             return None
 
@@ -425,24 +480,20 @@ def _set_mark(descriptor: int, name: str, value: str) -> None:
     try:
         os.setxattr(descriptor, name, value.encode())
     except OSError as error:
-        # On ext4 all extended attributes of a file share one block (ext4(5), ea_inode).
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.E2BIG):
+        # On ext4 all extended attributes of a file share one block (ext4(5), ea_inode). It says
+        # ENOSPC, which a file system that is full says as well.
+        is_block_full = error.errno == errno.ENOSPC and not _is_file_system_full(descriptor)
+        if is_block_full or error.errno == errno.E2BIG:
             raise AttributesNotKeptError(
-                "the file has no room for another extended attribute; remove some that"
-                " `getfattr -d -m -` lists"
+                "the file has no room for another extended attribute; remove some of those that"
+                " `getfattr -d -m -` prints"
             ) from None
         raise
 
 
-def _refuses_every_link(error: OSError, descriptor: int) -> bool:
-    """Return whether link(2) was refused for a reason that is not about this one file.
-
-    EPERM is about one file if that is immutable or append-only (chattr(1)), and about the user if
-    that is not root (``fs.protected_hardlinks``, proc_sys_fs(5)).
-    """
-    if error.errno == errno.EXDEV:
-        return True
-    return error.errno == errno.EPERM and os.geteuid() == 0 and not _is_immutable(descriptor)
+def _is_file_system_full(descriptor: int) -> bool:
+    status = os.fstatvfs(descriptor)
+    return status.f_bavail == 0 or (status.f_files > 0 and status.f_favail == 0)
 
 
 def _restore_attributes(descriptor: int, before: File) -> None:
@@ -479,58 +530,81 @@ def _file(status: os.stat_result, marks: Marks | None) -> File:
     )
 
 
-def _open_images_directory(path: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _open_error("--images-dir", path, error) from None
-
-
-def _open_cache_directory(path: str, images_owner: int) -> int:
-    """Open the cache directory, which nobody but root and Glance must be able to replace.
+def _refuse_replaceable_directory(path: str, trusted: Collection[int]) -> None:
+    """Raise ConfigurationError if somebody whose user is not ``trusted`` can replace a directory.
 
     If the cache lay in a directory that compute nodes can write to, a node could put a symbolic
-    link in its place, and root would link into any directory of this machine.
+    link in its place, and root would link into any directory of this machine. The same holds for
+    every directory above it, so we check all those of the path as it was given, and of the path
+    that it leads to. A path through trusted directories alone cannot change between this check and
+    the open. Raises OSError.
     """
-    parent_path, name = os.path.split(path.rstrip("/") or path)
-    try:
-        parent = os.open(parent_path or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _open_error("--cache-dir", path, error) from None
-    try:
-        status = os.fstat(parent)
-        if status.st_uid not in (0, os.geteuid(), images_owner) or status.st_mode & 0o022:
-            raise ConfigurationError(
-                f"--cache-dir {path}: others than root can replace it, because they may write to"
-                f" {parent_path or '.'}; run `chmod go-w {parent_path or '.'}` and give it to root,"
-                " or move the cache"
-            )
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(name or ".", flags, dir_fd=parent)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR) and os.path.islink(path.rstrip("/")):
-            raise ConfigurationError(
-                f"--cache-dir {path} is a symbolic link; name the directory itself"
-            ) from None
-        raise _open_error("--cache-dir", path, error) from None
-    finally:
-        os.close(parent)
-
-
-def _open_error(option: str, path: str, error: OSError) -> ConfigurationError | TemporaryError:
-    what = f"{option} {path}: {error.strerror}"
-    if error.errno in NOT_RESPONDING:
-        return TemporaryError(f"{what}; its file system does not respond; remount it")
-    if isinstance(error, FileNotFoundError):
-        return ConfigurationError(f"{what}; mount its file system, or create it")
-    if isinstance(error, PermissionError) and os.geteuid() != 0:
-        return ConfigurationError(f"{what}; run the command as root")
-    if isinstance(error, PermissionError):
-        return ConfigurationError(
-            f"{what}; root is refused, so look for root_squash on an NFS mount, or for a FUSE file"
-            " system without allow_root"
+    given, real = Path(os.path.abspath(path)), Path(os.path.realpath(path))
+    for child in dict.fromkeys([given, *given.parents, real, *real.parents]):
+        parent = child.parent
+        status = os.stat(parent)
+        has_trusted_owner = status.st_uid in trusted
+        others_can_write = bool(status.st_mode & 0o022)
+        if others_can_write and status.st_mode & stat.S_ISVTX and os.lstat(child).st_uid in trusted:
+            # With the sticky bit, as in /tmp, others cannot rename what is not theirs (inode(7)).
+            others_can_write = False
+        if has_trusted_owner and not others_can_write:
+            continue
+        remedy = f"chmod go-w {parent}" if has_trusted_owner else f"chown root {parent}"
+        raise ConfigurationError(
+            f"--cache-dir {path}: not only root can replace it, because {parent} belongs to user"
+            f" {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):04o}; run `{remedy}`, or"
+            " move the cache to a directory that only root or Glance may write to"
         )
-    return ConfigurationError(f"{what}; name a directory")
+
+
+def _open_without_following(path: str) -> int:
+    """Open a directory that is no symbolic link itself. Raises OSError and ConfigurationError."""
+    try:
+        return os.open(
+            path.rstrip("/") or "/", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        )
+    except NotADirectoryError:
+        # That is what O_DIRECTORY and O_NOFOLLOW together say of a symbolic link, too.
+        if os.path.islink(path.rstrip("/")):
+            raise ConfigurationError(
+                f"--cache-dir {path} is a symbolic link, which somebody could change; name"
+                f" {os.path.realpath(path)} instead"
+            ) from None
+        raise
+
+
+@contextlib.contextmanager
+def _translating(what: str) -> Iterator[None]:
+    """Translate an OSError of a whole directory into an error of the pass."""
+    try:
+        yield
+    except OSError as error:
+        raise _translate(what, error) from None
+
+
+def _translate(what: str, error: OSError) -> ConfigurationError | TemporaryError:
+    message = f"{what}: {error.strerror}"
+    if error.errno in NOT_RESPONDING:
+        return TemporaryError(f"{message}; its file system does not respond; remount it")
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return TemporaryError(f"{message}; free memory or file descriptors")
+    if error.errno == errno.ENOLCK:
+        return ConfigurationError(
+            f"{message}; the lock of the directory needs flock(2), so start rpc.statd, or use NFSv4"
+        )
+    if error.errno == errno.ENOENT:
+        return ConfigurationError(f"{message}; mount its file system, or create it")
+    if error.errno in (errno.EPERM, errno.EACCES) and os.geteuid() != 0:
+        return ConfigurationError(f"{message}; run the command as root")
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return ConfigurationError(
+            f"{message}; root is refused, so look for root_squash on an NFS mount, or for a FUSE"
+            " file system without allow_root"
+        )
+    if error.errno == errno.ENOTDIR:
+        return ConfigurationError(f"{message}; name a directory")
+    return ConfigurationError(f"{message}; check its file system, and the log of the kernel")
 
 
 def _process_state(pid: int) -> str:

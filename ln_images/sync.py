@@ -9,26 +9,26 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from ln_images import __version__, inspection, interrupts, report, rules
+from ln_images.console import Progress
 from ln_images.glance import Glance
+from ln_images.logs import judge_bug, log_problem
 from ln_images.memory import (
     LogOnChange,
+    NewRepairs,
     RemovedLinks,
     RepeatedRepairs,
     StandingProblems,
     VerdictCache,
 )
 from ln_images.model import (
-    FAULTS,
     Action,
     AnswerTooLargeError,
     Command,
-    ConfigurationError,
     Decision,
     File,
     Image,
@@ -40,31 +40,28 @@ from ln_images.model import (
     Result,
     Verdict,
     cache_name,
-    is_image_id,
 )
-from ln_images.scan import MOST_BASES, Scan, reclaimable, scan
-from ln_images.store import AttributesNotKeptError, Facts, NotRegularError, Store
+from ln_images.same_cloud import Answer, require_same_cloud
+from ln_images.scan import Scan, reclaimable, scan
+from ln_images.store import NOT_RESPONDING, AttributesNotKeptError, NotRegularError, Store
 
 LOG = logging.getLogger(__name__)
 
 # For more ids than this, listing every image costs less than querying them in groups.
 _MOST_IDS = 500
-# So many of the images that are linked already are queried, to prove that this is their cloud.
-_SAMPLE = 50
-
-# Makes a progress bar, a context manager, from a label and the total.
-Progress = Callable[[str, int], Any]
 
 
 def link_image(image: Image, store: Store, policy: LinkPolicy, dry_run: bool) -> Verdict:
     """Link or repair one image if the rules say so, and return what became of it.
 
     In a dry run, return what would become of it. Whatever goes wrong with this image alone is its
-    verdict. Raises LinksImpossibleError if no image at all can be linked.
+    verdict. Raises LinksImpossibleError if no image at all can be linked, and TemporaryError if the
+    file system does not respond any more.
     """
-    if not is_image_id(image.id):
-        # Such an id must not become a file name.
-        return rules.decide(image, Facts(None, None), policy, time.time()).verdict
+    verdict = rules.judge_image(image, policy)
+    if verdict is not None and verdict.reason is not Reason.SIGNED:
+        # No file could change that. It also keeps an id of another form from becoming a file name.
+        return verdict
     try:
         decision = _decide(image, store, policy)
         if decision.action is None:
@@ -99,20 +96,6 @@ def _link_open_file(
     return verdict
 
 
-def _explain(error: OSError, image: Image, store: Store, policy: LinkPolicy) -> Verdict:
-    """Return the verdict on an image for which a system call failed.
-
-    Glance may have deleted the file after the first look, or something else has its name by now:
-    then the rules have a verdict for that.
-    """
-    if isinstance(error, (FileNotFoundError, NotRegularError)):
-        with contextlib.suppress(OSError):
-            decision = _decide(image, store, policy)
-            if decision.action is None:
-                return decision.verdict
-    return rules.judge_error(error, is_root=os.geteuid() == 0)
-
-
 def _decide(
     image: Image, store: Store, policy: LinkPolicy, descriptor: int | None = None
 ) -> Decision:
@@ -129,8 +112,7 @@ def _inspect(image: Image, store: Store, descriptor: int, dry_run: bool) -> Verd
     key = f"{__version__} {image.disk_format} {status.st_size} {status.st_mtime_ns}"
     refusal = store.read_refusal(descriptor, key)
     if refusal is not None:
-        reason, sentence = refusal
-        return Verdict(Outcome.REFUSED, reason, sentence)
+        return refusal
     objection = inspection.inspect(descriptor, image.disk_format or "")
     if objection is None:
         return None
@@ -155,6 +137,27 @@ def _carry_out(
     return decision.verdict
 
 
+def _explain(error: OSError, image: Image, store: Store, policy: LinkPolicy) -> Verdict:
+    """Return the verdict on an image for which a system call failed.
+
+    Glance may have deleted the file after the first look, or something else has its name by now:
+    then the rules have a verdict for that.
+    """
+    if isinstance(error, (FileNotFoundError, NotRegularError)):
+        with contextlib.suppress(OSError):
+            decision = _decide(image, store, policy)
+            if decision.action is None:
+                return decision.verdict
+    return _judge_error(error, store)
+
+
+def _judge_error(error: OSError, store: Store) -> Verdict:
+    """Return the verdict for one file. Raise TemporaryError if the whole file system is dead."""
+    if error.errno in NOT_RESPONDING:
+        store.refuse_dead_file_system()
+    return rules.judge_error(error, is_root=os.geteuid() == 0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncOptions:
     """What the passes of one process have in common.
@@ -174,6 +177,80 @@ class SyncOptions:
     lock_wait: float = 0
 
 
+class _Timer:
+    """When a pass started, how long it takes, and for how long it holds the lock, in seconds."""
+
+    def __init__(self) -> None:
+        self.started_at = datetime.now(UTC)
+        self.lock_seconds = 0.0
+        self._start = time.monotonic()
+
+    def duration(self) -> float:
+        """Return for how long the pass has been running."""
+        return time.monotonic() - self._start
+
+    @contextlib.contextmanager
+    def measuring_lock(self) -> Iterator[None]:
+        """Measure for how long the lock is held."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.lock_seconds = time.monotonic() - start
+
+
+class _PassLog:
+    """What a process logs about its passes: each problem once, for as long as it stands."""
+
+    def __init__(self, options: SyncOptions) -> None:
+        self._options = options
+        self._problems = StandingProblems()
+        self._new_repairs = NewRepairs()
+        self._repeated_repairs = RepeatedRepairs()
+        self._removed_links = RemovedLinks()
+        self._owner = LogOnChange(LOG, logging.DEBUG)
+        self._foreign_names = LogOnChange(LOG, logging.WARNING)
+        self.store_warning = LogOnChange(LOG, logging.WARNING)
+        self.answer_warning = LogOnChange(LOG, logging.WARNING)
+
+    def log_results(self, results: Collection[Result], partial: bool) -> None:
+        """Log what was repaired, and what somebody should look at."""
+        for problem in self._problems.list_new(results, partial):
+            log_problem(problem)
+        if not self._options.dry_run:
+            _log_repairs(self._new_repairs.list_new(results))
+        repaired_again = self._repeated_repairs.find_first(results)
+        if repaired_again is not None:
+            LOG.warning(
+                "%s is repaired again: libvirt gives it to QEMU's user and group, which --owner"
+                " does not name; correct --owner",
+                repaired_again,
+            )
+        removed = self._removed_links.count_if_new(results)
+        if removed:
+            LOG.warning(
+                "%d links were missing and are made again: something removes them, or the store was"
+                " restored without the cache; set remove_unused_base_images = False on every"
+                " compute node",
+                removed,
+            )
+
+    def log_cache(self, pass_: Pass, found: Scan) -> None:
+        """Log what is to be known of the cache directory itself."""
+        cache_dir, owner = self._options.cache_dir, pass_.directory_owner
+        if owner is not None:
+            self._owner.log(
+                f"{cache_dir} belongs to {owner.uid}:{owner.gid}; Nova must be able to write there"
+            )
+        foreign_names = None
+        if found.has_more_bases:
+            foreign_names = (
+                f"{cache_dir} has so many names that belong to no image in the store that only"
+                f" {len(found.bases)} of its bases are counted; find out what creates them"
+            )
+        self._foreign_names.log(foreign_names)
+
+
 class Sync:
     """Passes with the same options and one token, made one after another.
 
@@ -186,86 +263,79 @@ class Sync:
         self._glance = glance
         self._progress = progress
         self._verdicts = VerdictCache()
-        self._problems = StandingProblems()
-        self._repairs = RepeatedRepairs()
-        self._removed_links = RemovedLinks()
-        self._owner_log = LogOnChange(LOG, logging.DEBUG)
-        self._warnings = LogOnChange(LOG, logging.WARNING)
+        self._log = _PassLog(options)
         self._reclaimable = reclaimable([])
 
     def full_pass(self) -> Pass:
         """Run one pass over all images.
 
-        Raises LnImagesError if the pass is not possible; then nothing on disk was touched.
+        Raises LnImagesError if the pass is not possible. Then nothing on disk was touched, unless
+        the file system stopped to respond, or refused the first link, in the middle of the pass.
         """
-        options = self._options
-        started_at, start = datetime.now(UTC), time.monotonic()
-        with Store(options.images_dir, options.cache_dir) as store, self._lock(store):
-            locked_at = time.monotonic()
-            found = scan(store, None if options.query_all else options.policy)
+        options, timer = self._options, _Timer()
+        with self._locked_store(timer) as store:
+            found = scan(store, options.policy, trust_links=not options.query_all)
             files = self._look_at(store, found.unsettled)
             recalled = self._verdicts.recall(files)
-            images, is_complete_list = self._query(store, found, recalled)
-            settled = [
-                image_id for image_id in found.settled if not is_complete_list or image_id in images
-            ]
-            results = self._link(store, images.values(), frozenset(settled))
-            results += [result for id_, result in recalled.items() if id_ not in images]
-            unknown = (found.settled if is_complete_list else ()), found.unsettled
-            results += self._list_unknown(store, unknown, images, recalled)
-            results += self._list_broken(found, results)
+            answer = self._query(found, recalled)
+            warning = require_same_cloud(store, found, recalled, answer, self._glance)
+            settled = _list_settled(found, answer)
+            results = self._link(store, answer.images, settled)
+            results += self._list_others(store, found, answer, recalled)
             owner = store.directory_owner()
-            lock_seconds = time.monotonic() - locked_at
         if options.repeats:
             self._verdicts.remember(files, results)
         self._reclaimable = reclaimable(found.bases)
-        self._log(results, partial=False)
-        self._owner_log.log(
-            f"{options.cache_dir} belongs to {owner.uid}:{owner.gid}; Nova must be able to write"
-            " there"
-        )
-        self._log_foreign_names(found)
-        return Pass(
+        pass_ = Pass(
             command=Command.LINK,
-            started_at=started_at,
-            duration=time.monotonic() - start,
+            started_at=timer.started_at,
+            duration=timer.duration(),
             dry_run=options.dry_run,
             results=results,
             settled=settled,
             reclaimable=self._reclaimable,
             directory_owner=owner,
-            lock_seconds=lock_seconds,
+            lock_seconds=timer.lock_seconds,
         )
+        self._log.store_warning.log(warning)
+        self._log.log_results(results, partial=False)
+        self._log.log_cache(pass_, found)
+        return pass_
 
     def partial_pass(self, ids: Collection[str]) -> Pass:
         """Run a pass over a few images, without a scan of the rest. Raises as :meth:`full_pass`.
 
         Its disk usage is that of the last full pass.
         """
-        options = self._options
-        started_at, start = datetime.now(UTC), time.monotonic()
-        with Store(options.images_dir, options.cache_dir) as store, self._lock(store):
-            locked_at = time.monotonic()
+        timer = _Timer()
+        with self._locked_store(timer) as store:
             images = self._glance.list_ids(sorted(ids))
-            results = self._link(store, images.values(), frozenset())
-            lock_seconds = time.monotonic() - locked_at
-        self._log(results, partial=True)
+            results = self._link(store, images, settled=())
+        self._log.log_results(results, partial=True)
         return Pass(
             command=Command.LINK,
-            started_at=started_at,
-            duration=time.monotonic() - start,
-            dry_run=options.dry_run,
+            started_at=timer.started_at,
+            duration=timer.duration(),
+            dry_run=self._options.dry_run,
             results=results,
             reclaimable=self._reclaimable,
             partial=True,
-            lock_seconds=lock_seconds,
+            lock_seconds=timer.lock_seconds,
         )
 
-    def _lock(self, store: Store) -> contextlib.AbstractContextManager[None]:
-        # A dry run changes nothing, so it neither waits for another run nor makes one wait.
-        if self._options.dry_run:
-            return contextlib.nullcontext()
-        return store.locked(self._options.lock_wait)
+    @contextlib.contextmanager
+    def _locked_store(self, timer: _Timer) -> Iterator[Store]:
+        """Open the directories and hold the lock.
+
+        A dry run changes nothing, so it neither waits for another run nor makes one wait.
+        """
+        options = self._options
+        with Store(options.images_dir, options.cache_dir) as store:
+            lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if not options.dry_run:
+                lock = store.locked(options.lock_wait)
+            with lock, timer.measuring_lock():
+                yield store
 
     def _look_at(self, store: Store, ids: Iterable[str]) -> dict[str, File]:
         """Return the files of images, for the verdicts that are remembered between passes.
@@ -282,89 +352,29 @@ class Sync:
                     files[image_id] = file
         return files
 
-    def _query(
-        self, store: Store, found: Scan, recalled: Mapping[str, Result]
-    ) -> tuple[dict[str, Image], bool]:
-        """Return the images that this pass is about, by id, and whether those are all that exist.
-
-        Raises ConfigurationError if the store and the cloud do not belong together.
-        """
+    def _query(self, found: Scan, recalled: Collection[str]) -> Answer:
+        """Query Glance about every image, or only about those that the scan leaves open."""
         ids = [image_id for image_id in found.unsettled if image_id not in recalled]
+        warning = None
         if self._options.query_all or len(ids) > _MOST_IDS:
             try:
-                images = self._glance.list_all()
+                return Answer(self._glance.list_all(), is_complete=True)
             except AnswerTooLargeError as error:
-                LOG.warning("%s; this pass queries only images with a file here", error)
-            else:
-                self._refuse_other_cloud(store, found, images, is_complete_list=True)
-                return images, True
+                warning = f"{error}; this pass queries only images with a file here"
+        self._log.answer_warning.log(warning)
         images = self._glance.list_ids(ids)
-        self._refuse_other_cloud(store, found, images, is_complete_list=False)
         if self._options.list_in_flight:
             images |= self._glance.list_in_flight()
-        return images, False
-
-    def _refuse_other_cloud(
-        self, store: Store, found: Scan, images: Mapping[str, Image], is_complete_list: bool
-    ) -> None:
-        """Raise ConfigurationError if nothing shows that store, cache and cloud belong together.
-
-        One image that Glance knows, and that has a file or a marked base here, is enough.
-        """
-        here = [*found.settled, *found.unsettled]
-        marked = [base.image_id for base in found.bases if base.image_id is not None]
-        if not here:
-            self._refuse_missing_volume(store, images, is_complete_list, has_marks=bool(marked))
-            return
-        if any(image_id in images for image_id in [*here, *marked]):
-            return
-        if not is_complete_list:
-            if self._glance.list_ids(found.settled[:_SAMPLE]):
-                return
-            images = self._glance.list_all()
-            if any(image_id in images for image_id in [*here, *marked]):
-                return
-        raise ConfigurationError(
-            f"Glance knows none of the {len(here)} images that have a file in"
-            f" {self._options.images_dir}; nothing was touched; check OS_AUTH_URL and"
-            " OS_REGION_NAME (another cloud's?), the credential's role, and --images-dir"
-        )
-
-    def _refuse_missing_volume(
-        self, store: Store, images: Mapping[str, Image], is_complete_list: bool, has_marks: bool
-    ) -> None:
-        """Raise ConfigurationError, or warn, if Glance has active images and none has a file here.
-
-        Marked bases in the cache prove that the volume is mounted, because both directories are on
-        one file system.
-        """
-        if is_complete_list:
-            has_active = any(image.status == "active" and image.size for image in images.values())
-        else:
-            has_active = self._glance.has_active()
-        # An upload may have finished meanwhile.
-        if not has_active or store.list_store():
-            self._warnings.log(None)
-            return
-        images_dir = self._options.images_dir
-        if not has_marks:
-            raise ConfigurationError(
-                f"Glance has active images and none of them has a file in {images_dir}; mount its"
-                " volume, correct --images-dir, or, if all images are in another store, do not run"
-                " ln-images here"
-            )
-        self._warnings.log(
-            f"Glance has active images and none of them has a file in {images_dir}: are all images"
-            " in another store now? Links that exist stay"
-        )
+        return Answer(images, is_complete=False)
 
     def _link(
-        self, store: Store, images: Collection[Image], settled: Collection[str]
+        self, store: Store, images: Mapping[str, Image], settled: Collection[str]
     ) -> list[Result]:
         """Link what needs a link among ``images``, and return what became of each."""
         options = self._options
         results: list[Result] = []
-        unsettled = [image for image in images if image.id not in settled]
+        done = frozenset(settled)
+        unsettled = [image for image_id, image in images.items() if image_id not in done]
         with self._progress("Linking", len(unsettled)) as bar:
             for image in unsettled:
                 try:
@@ -377,96 +387,59 @@ class Sync:
                 bar.update(1)
         return results
 
-    def _list_unknown(
-        self,
-        store: Store,
-        ids: tuple[Iterable[str], Iterable[str]],
-        images: Mapping[str, Image],
-        recalled: Mapping[str, Result],
+    def _list_others(
+        self, store: Store, found: Scan, answer: Answer, recalled: Mapping[str, Result]
     ) -> Iterator[Result]:
-        """Yield a result for each file in the store that Glance does not know."""
-        for image_id in [*ids[0], *ids[1]]:
-            if image_id in images or image_id in recalled:
-                continue
-            verdict = Verdict(
-                Outcome.SKIPPED,
-                Reason.UNKNOWN_TO_GLANCE,
-                "Glance does not show this image to the credential",
-            )
-            size = None
-            try:
-                source = store.image_file(image_id)
-                if source is None:
-                    continue
-                size = source.size
-            except OSError as error:
-                verdict = rules.judge_error(error, is_root=os.geteuid() == 0)
-            yield Result(cache_name=cache_name(image_id), verdict=verdict, id=image_id, size=size)
+        """Yield the results of what is on disk and not among the images of Glance's answer.
 
-    def _list_broken(self, found: Scan, results: Collection[Result]) -> list[Result]:
-        """Return a result for each broken entry of the cache that no image's result covers."""
-        covered = {result.cache_name for result in results}
-        return [
-            Result(cache_name=name, verdict=verdict)
-            for name, verdict in found.broken.items()
-            if name not in covered
-        ]
-
-    def _log(self, results: Collection[Result], partial: bool) -> None:
-        """Log what somebody should look at, once for as long as it stands."""
-        for problem in self._problems.list_new(results, partial):
-            log_problem(problem)
-        if not self._options.dry_run:
-            _log_repairs(results)
-        repaired_again = self._repairs.find_first(results)
-        if repaired_again is not None:
-            LOG.warning(
-                "%s is repaired again: libvirt gives it to QEMU's user and group, which --owner"
-                " does not name; correct --owner",
-                repaired_again,
-            )
-        removed = self._removed_links.count_if_new(results)
-        if removed:
-            LOG.warning(
-                "%d links were missing and are made again: something removes them, or the store was"
-                " restored without the cache; set remove_unused_base_images = False on every"
-                " compute node",
-                removed,
-            )
-
-    def _log_foreign_names(self, found: Scan) -> None:
-        if found.has_more_bases:
-            self._warnings.log(
-                f"{self._options.cache_dir} has more than {MOST_BASES} bases that belong to no"
-                " image in the store; the others are not counted; find out what creates them"
-            )
+        A complete answer is newer than what was recalled, and covers the settled images as well.
+        """
+        if answer.is_complete:
+            recalled = {}
+            without_image = {*found.settled, *found.unsettled} - answer.images.keys()
+        else:
+            without_image = set(found.unsettled) - answer.images.keys() - recalled.keys()
+        yield from (
+            result for image_id, result in recalled.items() if image_id not in answer.images
+        )
+        for image_id in sorted(without_image):
+            result = _judge_unknown(image_id, store)
+            if result is not None:
+                yield result
+        for name, verdict in found.broken.items():
+            yield Result(cache_name=name, verdict=verdict)
 
 
-def _log_repairs(results: Iterable[Result]) -> None:
+def _list_settled(found: Scan, answer: Answer) -> Sequence[str]:
+    """Return the images whose links are correct, without those that Glance has forgotten."""
+    if not answer.is_complete:
+        return found.settled
+    return [image_id for image_id in found.settled if image_id in answer.images]
+
+
+def _judge_unknown(image_id: str, store: Store) -> Result | None:
+    """Return the result for a file in the store that Glance does not know; None if it is gone."""
+    try:
+        file = store.image_file(image_id)
+    except OSError as error:
+        verdict = _judge_error(error, store)
+        return Result(cache_name=cache_name(image_id), verdict=verdict, id=image_id)
+    if file is None:
+        return None
+    verdict = Verdict(
+        Outcome.SKIPPED,
+        Reason.UNKNOWN_TO_GLANCE,
+        "Glance does not show this image to the credential",
+    )
+    return Result(cache_name=cache_name(image_id), verdict=verdict, id=image_id, size=file.size)
+
+
+def _log_repairs(repaired: Sequence[Result]) -> None:
     """Log all repairs of a pass on one line.
 
     A compute node that changes the mode of its bases in a loop must not fill the log.
     """
-    repaired = [result for result in results if result.verdict.outcome is Outcome.REPAIRED]
     if len(repaired) == 1:
         LOG.info("%s", report.line(repaired[0]))
     elif repaired:
         LOG.info("%s, and %d more links", report.line(repaired[0]), len(repaired) - 1)
-
-
-def judge_bug(error: Exception) -> Verdict:
-    """Log an unexpected exception with its traceback, and return the image's verdict."""
-    LOG.info("unexpected exception", exc_info=error)
-    return Verdict(
-        Outcome.FAILED,
-        Reason.BUG,
-        f"unexpected {type(error).__name__}; report it with the traceback that -v prints",
-    )
-
-
-def log_problem(result: Result) -> None:
-    """Log a problem: a fault everywhere, the rest in the log file alone."""
-    if result.verdict.outcome in FAULTS:
-        LOG.error("%s", report.line(result))
-    else:
-        LOG.warning("%s", report.line(result), extra={"file_only": True})

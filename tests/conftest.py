@@ -78,5 +78,8 @@ def front(node: Node, identity: Adapter) -> Iterator[Front]:
 @pytest.fixture
 def nova(identity: Adapter) -> Iterator[Compute]:
     """Put a compute service with two hosts into the real catalog."""
-    with Compute("compute-1", "compute-2") as serving, in_catalog(identity, (REGION, "public", serving.url)):
+    with (
+        Compute("compute-1", "compute-2") as serving,
+        in_catalog(identity, (REGION, "public", serving.url)),
+    ):
         yield serving

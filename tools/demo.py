@@ -103,7 +103,6 @@ def _show(cloud: Cloud) -> None:
     _run(
         cloud, "ln-images", "--images-dir", "images", "--cache-dir", "imagecache", "--owner", owner
     )
-    _run(cloud, "ls", "-li", "--time-style=+", "imagecache")
 
 
 def _keep(cloud: Cloud) -> None:

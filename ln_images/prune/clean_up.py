@@ -35,7 +35,6 @@ from ln_images.prune.nodes import Node, list_nodes, node_document
 from ln_images.prune.reports import Reports, read_reports
 from ln_images.prune.rules import (
     TAKES,
-    Action,
     Decision,
     Facts,
     Policy,
@@ -44,7 +43,7 @@ from ln_images.prune.rules import (
     join,
 )
 from ln_images.rules import judge_error
-from ln_images.scan import MOST_BASES, RETIRED_SUFFIX, Scan, list_base, reclaimable, scan
+from ln_images.scan import MOST_BASES, RETIRED_SUFFIX, Scan, base_of, reclaimable, scan
 from ln_images.store import Store
 
 LOG = logging.getLogger(__name__)
@@ -76,15 +75,14 @@ class CleanUp(NamedTuple):
     is_blocked: bool
 
 
-def clean_up(options: CleanUpOptions, query: Callable[[], Cloud]) -> CleanUp:
+def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], clock: Clock) -> CleanUp:
     """Run one pass. Raises LnImagesError if the directories cannot be opened.
 
-    ``query`` queries the cloud. If it raises LnImagesError, that is the error of the pass, and the
-    bases that reports name are restored nevertheless.
+    ``clock`` has just been started. ``query`` queries the cloud. If it raises LnImagesError, that
+    is the error of the pass, and the bases that reports name are restored nevertheless.
     """
     started_at, start = datetime.now(UTC), time.monotonic()
     with Store(options.images_dir, options.cache_dir) as store:
-        clock = Clock()
         # The reports are read before the cache is scanned: what they name was there before.
         reports = read_reports(options.reports_dir)
         found = scan(store, policy=None)
@@ -142,8 +140,8 @@ def _find_named(store: Store, found: Scan, reports: Reports) -> list[Base]:
         # What cannot be looked at is a result of its own if the scan reaches it.
         with contextlib.suppress(OSError):
             file = store.cache_file(name + RETIRED_SUFFIX)
-            if file is not None:
-                bases += list_base(name, True, file)
+            if file is not None and stat.S_ISREG(file.mode):
+                bases.append(base_of(name + RETIRED_SUFFIX, file))
     return bases
 
 
@@ -177,7 +175,7 @@ def _decide(store: Store, base: Base, evidence: Evidence, policy: Policy) -> Dec
     except OSError as error:
         return Decision(judge_error(error, is_root=os.geteuid() == 0))
     decision = decide(facts, evidence.situation, policy, now)
-    if decision.action not in (Action.RETIRE, Action.REMOVE) or base.image_id is None:
+    if decision.action not in TAKES or base.image_id is None:
         return decision
     # An image that is in no list may exist all the same.
     if not evidence.has_time_to_query():

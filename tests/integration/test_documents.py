@@ -1,51 +1,124 @@
-"""What the documents say is what the command does."""
+"""What the documents say is what the commands do."""
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import man
 import pytest
 
+from ln_images.model import OUTCOMES, Command, Outcome, Reason
 from support.cloud import ROOT, SERVERS, wait_until
-from support.node import COMMAND, REFERENCE, Node, block, needs_root
+from support.node import MODULES, REFERENCE, Node, block, executable, needs_root
 
 CRONTAB = (ROOT / "crontab.example").read_text(encoding="utf-8")
+PACKAGE = ROOT / "ln_images"
 
 
-def test_the_options_of_the_reference_are_those_of_help() -> None:
-    """The reference shows exactly what --help prints."""
+def list_commands() -> Iterator[Command]:
+    """Yield each command that exists."""
+    for command, module in MODULES.items():
+        package = module.rpartition(".")[0]
+        if importlib.util.find_spec(package) and importlib.util.find_spec(module):
+            yield command
+
+
+COMMANDS = list(list_commands())
+
+
+def section(heading: str) -> str:
+    """Return a section of the reference, without its heading."""
+    _, found, rest = REFERENCE.partition(f"\n## {heading}\n")
+    assert found, heading
+    return rest.partition("\n## ")[0]
+
+
+def table(heading: str) -> list[list[str]]:
+    """Return the cells of each row of the tables of a section, without headings."""
+    rows = re.findall(r"^\| (.*) \|$", section(heading), re.MULTILINE)
+    cells = [row.split(" | ") for row in rows]
+    return [row for row in cells if row[0].startswith("`") or row[0].isdigit()]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_documents_show_the_help_of_each_command(command: Command) -> None:
+    """A document has exactly what --help prints on a terminal of 100 columns."""
     shown = subprocess.check_output(
-        [COMMAND, "--help"], text=True, env={**os.environ, "COLUMNS": "100"}
+        [executable(command), "--help"], text=True, env={**os.environ, "COLUMNS": "100"}
     )
-    assert block("help") == shown
+    assert block(f"{command} --help") == shown
 
 
-def test_the_man_page_is_that_of_the_command() -> None:
-    """The page that is installed is the one that tests/man.py makes now."""
-    path = ROOT / "docs" / "ln-images.1"
-    assert path.read_text(encoding="utf-8").splitlines() == "\n".join(man.page()).splitlines()
+def test_the_manual_pages_are_those_of_the_commands(tmp_path: Path) -> None:
+    """Every command has its manual page, and it is the one that `make manual` writes now."""
+    subprocess.run([sys.executable, ROOT / "tools" / "man.py", tmp_path], check=True)
+    pages = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+    assert set(pages) >= {f"{command}.1" for command in COMMANDS}
+    for name, page in pages.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == page
 
 
-@pytest.mark.parametrize(("shell", "word"), [("bash", "1"), ("zsh", "1"), ("fish", "--prune")])
+@pytest.mark.skipif(shutil.which("groff") is None, reason="needs groff")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_manual_page_is_valid_roff(command: Command) -> None:
+    """Groff formats the page without a warning, and the page has every option."""
+    run = subprocess.run(
+        ["groff", "-man", "-ww", "-Tascii", "-P-cbou", ROOT / "docs" / f"{command}.1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stderr == ""
+    for option in re.findall(r"^  .*?(--[a-z-]+)", block(f"{command} --help"), re.MULTILINE):
+        assert option in run.stdout
+
+
+@pytest.mark.parametrize(("shell", "word"), [("bash", "1"), ("zsh", "1"), ("fish", "--dry")])
 def test_the_shell_completes_options(shell: str, word: str) -> None:
-    """What the reference has a shell ask for its completion answers, and completes an option and its choices."""
+    """The line of the reference for a shell makes it complete options."""
     source = subprocess.check_output(
-        [COMMAND], text=True, env={**os.environ, "_LN_IMAGES_COMPLETE": f"{shell}_source"}
+        [executable()], text=True, env={**os.environ, "_LN_IMAGES_COMPLETE": f"{shell}_source"}
     )
     assert "_LN_IMAGES_COMPLETE" in source
     assert f"_LN_IMAGES_COMPLETE={shell}_source ln-images" in REFERENCE
-    words = {"COMP_WORDS": "ln-images --prune", "COMP_CWORD": word}
-    asked = {**os.environ, **words, "_LN_IMAGES_COMPLETE": f"{shell}_complete"}
-    assert "--prune-after" in subprocess.check_output([COMMAND], text=True, env=asked)
+    words = {"COMP_WORDS": "ln-images --dry", "COMP_CWORD": word}
+    environment = {**os.environ, **words, "_LN_IMAGES_COMPLETE": f"{shell}_complete"}
+    assert "--dry-run" in subprocess.check_output([executable()], text=True, env=environment)
+
+
+def test_the_reference_has_every_outcome_with_its_commands() -> None:
+    """The table of outcomes is the enum, in its order, with the commands that have each."""
+    expected = []
+    for outcome in Outcome:
+        commands = [command for command in Command if outcome in OUTCOMES[command]]
+        names = ", ".join(f"`{command}`" for command in commands)
+        expected.append([f"`{outcome}`", "all" if commands == list(Command) else names])
+    assert [row[:2] for row in table("Outcomes")] == expected
+
+
+def test_the_reference_has_every_reason_code() -> None:
+    """The table of reason codes is the enum, and each code has outcomes and a meaning."""
+    rows = table("Reason codes")
+    codes = [code for code, _outcomes, _meaning in rows]
+    assert sorted(codes) == sorted(f"`{reason}`" for reason in Reason)
+    for _code, outcomes, meaning in rows:
+        assert {Outcome(outcome) for outcome in outcomes.split(", ")}
+        assert meaning
+
+
+def test_the_reference_has_every_exit_status() -> None:
+    """The table of exit statuses has those of the contract."""
+    statuses = [status for status, _meaning in table("Exit status")]
+    assert statuses == ["0", "1", "2", "75", "130"]
 
 
 def without_what_varies(text: str) -> str:
-    """A transcript without inode numbers, durations and the user whom the demo uses."""
+    """Return a transcript without inode numbers, durations and the user whom the demo uses."""
     text = re.sub(r"^\d+ -rw", "INODE -rw", text, flags=re.MULTILINE)
     text = re.sub(r"^total \d+$", "total BLOCKS", text, flags=re.MULTILINE)
     text = re.sub(r"\d+\.\d s$", "TIME s", text, flags=re.MULTILINE)
@@ -55,10 +128,10 @@ def without_what_varies(text: str) -> str:
 
 
 def test_the_readmes_transcript_is_what_the_demo_prints() -> None:
-    """The README's first run was really run: the demo prints the same."""
+    """The first run of the README is what the demo prints."""
     demo = subprocess.run(
-        [sys.executable, ROOT / "tests" / "demo.py"],
-        env={**os.environ, "CLOUD_VENV": str(SERVERS)},
+        [sys.executable, ROOT / "tools" / "demo.py"],
+        env={**os.environ, "CLOUD_VENV": str(SERVERS), "PYTHONPATH": str(ROOT / "tests")},
         capture_output=True,
         text=True,
         timeout=300,
@@ -69,7 +142,7 @@ def test_the_readmes_transcript_is_what_the_demo_prints() -> None:
 
 
 def crontab_lines() -> list[str]:
-    """The commands of crontab.example, those commented out included, as cron hands them to the shell."""
+    """Return the commands of crontab.example as the shell gets them, commented ones included."""
     lines = [
         line.removeprefix("#")
         for line in CRONTAB.splitlines()
@@ -79,7 +152,7 @@ def crontab_lines() -> list[str]:
 
 
 def test_the_crontab_makes_a_pass_every_ten_seconds() -> None:
-    """Six lines, each ten seconds later than the one before."""
+    """Each of six lines starts its pass ten seconds later than the one before."""
     sleeps = [
         int(found[1]) if (found := re.match(r"sleep (\d+)", line)) else 0
         for line in crontab_lines()[:6]
@@ -87,14 +160,8 @@ def test_the_crontab_makes_a_pass_every_ten_seconds() -> None:
     assert sleeps == [0, 10, 20, 30, 40, 50]
 
 
-def test_the_crontab_prunes_once_an_hour_only_where_it_is_wanted() -> None:
-    """The last line prunes at one minute of each hour, and is commented out."""
-    assert "ln-images -q --prune" in crontab_lines()[-1]
-    assert re.search(r"^#\d+ \* \* \* \* .*--prune$", CRONTAB, re.MULTILINE)
-
-
 def write_openrc(node: Node, directory: Path) -> Path:
-    """The openrc that the crontab reads."""
+    """Write the openrc that the crontab reads."""
     openrc = directory / "admin-openrc"
     openrc.write_text(
         "".join(f"export {key}='{value}'\n" for key, value in node.cloud.environment().items())
@@ -106,7 +173,7 @@ def write_openrc(node: Node, directory: Path) -> Path:
 def test_a_line_of_the_crontab_works_under_crons_shell(
     node: Node, tmp_path: Path, line: int
 ) -> None:
-    """A line links under /bin/sh with cron's few variables and the crontab's own, and prints nothing."""
+    """A line links under /bin/sh with cron's few variables, and prints nothing."""
     image = node.cloud.image("image", b"\1" * 1000)
     openrc = write_openrc(node, tmp_path)
     command = (
@@ -128,14 +195,14 @@ def test_a_line_of_the_crontab_works_under_crons_shell(
         "HOME": str(tmp_path),
         "LOGNAME": "root",
         "SHELL": "/bin/sh",
-        "PATH": settings["PATH"].replace("/opt/ln-images/bin", str(COMMAND.parent)),
+        "PATH": settings["PATH"].replace("/opt/ln-images/bin", str(executable().parent)),
         "LN_IMAGES_LOG_FILE": str(tmp_path / "log"),
     }
     run = subprocess.run(
         ["/bin/sh", "-c", command], env=environment, capture_output=True, text=True, check=False
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
-    assert node.linked(image)
+    assert node.is_linked(image)
     assert f"linked: {image}" in (tmp_path / "log").read_text()
 
 
@@ -146,7 +213,7 @@ mount -t tmpfs none /run
 mount -t tmpfs none /etc/cron.d
 mount -t tmpfs none /var/spool/cron/crontabs
 mount --bind /dev/null /etc/crontab
-echo 'session required pam_permit.so\naccount required pam_permit.so\nauth required pam_permit.so' > /run/pam
+printf '%s required pam_permit.so\\n' session account auth > /run/pam
 mount --bind /run/pam /etc/pam.d/cron
 install -m 0600 "$0" /var/spool/cron/crontabs/root
 exec cron -f -L 0
@@ -164,7 +231,7 @@ def test_the_line_that_reacts_links_under_a_real_cron(node: Node, tmp_path: Path
     text = re.sub(r"^\*", "#*", CRONTAB, flags=re.MULTILINE)
     text = re.sub(r"^#(.*--every 10 --for 65)$", r"\1", text, flags=re.MULTILINE)
     text = text.replace("/root/admin-openrc", str(write_openrc(node, tmp_path)))
-    text = text.replace("/opt/ln-images/bin", str(COMMAND.parent)).replace(
+    text = text.replace("/opt/ln-images/bin", str(executable().parent)).replace(
         "/var/log/ln-images.log", f"{tmp_path}/log"
     )
     settings = [
@@ -178,66 +245,141 @@ def test_the_line_that_reacts_links_under_a_real_cron(node: Node, tmp_path: Path
     space = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     cron = subprocess.Popen([*space, "sh", "-c", CRON, crontab])
     try:
-        wait_until(lambda: node.linked(first), "the next minute", 120)
+        wait_until(lambda: node.is_linked(first), "the next minute", 120)
         second = node.cloud.image("second", b"\1" * 1000)
-        wait_until(lambda: node.linked(second), "the second image", 120)
+        wait_until(lambda: node.is_linked(second), "the second image", 120)
         assert cron.poll() is None
     finally:
         cron.kill()
         cron.wait()
 
 
-def test_the_units_of_the_guide_tell_what_fails_and_stop_without_failing() -> None:
-    """Each service of the guide says its errors in the journal, and one that is stopped by a signal has not failed."""
-    guide = (ROOT / "docs" / "production.md").read_text(encoding="utf-8")
+def list_services() -> Iterator[str]:
+    """Yield every systemd service that the documents show."""
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for text in re.findall(r"```ini\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            if "ExecStart=" in text:
+                yield text
+
+
+def test_the_services_of_the_documents_log_errors_and_stop_without_failing() -> None:
+    """A service logs its errors in the journal, and one that a signal stops has not failed."""
     services = [
-        text for text in re.findall(r"```ini\n(.*?)```", guide, re.DOTALL) if "ExecStart=" in text
+        text
+        for text in list_services()
+        if re.search(r"ExecStart=\S*/ln-images(-prune|-verify)?\s", text)
     ]
-    assert len(services) == 2
+    assert services
     for service in services:
         assert {"StandardError=journal", "SuccessExitStatus=130"} <= set(service.splitlines())
 
 
-PAGES = [ROOT / name for name in ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
-)
-def test_what_a_page_links_to_is_there(page: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_to_files_that_exist(page: Path) -> None:
     """Each link from a page to another file of the project leads to one."""
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+def module_name(path: Path) -> str:
+    """Return the name of a module of the package, such as ``prune.rules``."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or "__init__"
+
+
+# Every module of the package, by name.
+SOURCES = {
+    module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")
+}
+
+
+def list_imports(module: str) -> set[str]:
+    """Return the modules of ours that a module imports, wherever in its code."""
+    names: set[str] = set()
+    for node in ast.walk(SOURCES[module]):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    ours = {name.removeprefix("ln_images.") for name in names if name.startswith("ln_images.")}
+    return ours & SOURCES.keys()
+
+
+def list_tables_of_modules() -> list[list[str]]:
+    """Return the modules of each table of CONTRIBUTING.md, from top to bottom."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tables = [
+        re.findall(r"^\| `(?:ln_images/)?([\w/]+)\.py` \|", part, re.MULTILINE)
+        for part in text.split("\n\n")
+    ]
+    return [[name.replace("/", ".") for name in names] for names in tables if names]
+
+
 def test_no_module_imports_one_that_stands_above_it() -> None:
-    """The table of CONTRIBUTING.md has every module, and each imports from below alone.
+    """The tables of CONTRIBUTING.md have every module, and each imports only from below."""
+    tables = list_tables_of_modules()
+    listed = [module for modules in tables for module in modules]
+    packages = {module.rpartition(".")[0] for module in SOURCES} - {""}
+    assert sorted(listed) == sorted(SOURCES.keys() - packages - {"__init__", "__main__"})
+    for modules in tables:
+        for position, module in enumerate(modules):
+            assert list_imports(module).isdisjoint(modules[: position + 1]), module
 
-    The house has no circle.
+
+def is_of_linking(module: str) -> bool:
+    """Return whether a module is one that ``ln-images`` may import."""
+    return module != "verify" and not module.startswith("prune")
+
+
+# __main__ starts each of the commands, and imports the one that was called.
+LINKING = sorted(filter(is_of_linking, SOURCES))
+
+
+@pytest.mark.parametrize("module", [module for module in LINKING if module != "__main__"])
+def test_linking_imports_nothing_of_the_clean_up(module: str) -> None:
+    """The modules beside prune/ and verify.py import neither of them."""
+    assert [name for name in list_imports(module) if not is_of_linking(name)] == []
+
+
+# Every call of the standard library that renames or removes a file.
+REMOVING = {"rename", "renames", "unlink", "remove", "removedirs", "rmdir", "rmtree", "move"}
+
+
+def list_removing_calls(tree: ast.AST) -> Iterator[str]:
+    """Yield the calls that could rename or remove a file.
+
+    ``replace`` with one argument is that of a path: that of a text has two.
     """
-    table = (
-        (ROOT / "CONTRIBUTING.md")
-        .read_text(encoding="utf-8")
-        .partition("| --- | --- |")[2]
-        .partition("\n\n")[0]
-    )
-    order = re.findall(r"`(\w+)\.py`", table)
-    package = ROOT / "ln_images"
-    assert sorted(order) == sorted(
-        path.stem for path in package.glob("*.py") if not path.stem.startswith("__")
-    )
-    for above, module in enumerate(order):
-        for one in ast.walk(ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))):
-            if isinstance(one, ast.ImportFrom) and str(one.module).startswith("ln_images"):
-                names = (
-                    [alias.name for alias in one.names]
-                    if one.module == "ln_images"
-                    else [str(one.module)[10:]]
-                )
-                assert {name for name in names if name in order} <= set(order[above + 1 :]), module
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names if alias.name in REMOVING)
+        elif isinstance(node, ast.Attribute) and node.attr in REMOVING:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            is_of_os = ast.unparse(node.func.value) in ("os", "shutil")
+            if node.func.attr == "replace" and (is_of_os or len(node.args) < 2):
+                yield ast.unparse(node)
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
-def test_a_readme_is_a_page_and_a_half(name: str) -> None:
-    """At most 200 lines are read before somebody begins."""
-    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 200
+@pytest.mark.parametrize("module", LINKING)
+def test_linking_has_no_call_that_renames_or_removes(module: str) -> None:
+    """No code of ours that ``ln-images`` imports could rename or remove a file."""
+    assert list(list_removing_calls(SOURCES[module])) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "os.unlink(name, dir_fd=cache)",
+        "os.replace(old, new)",
+        "path.replace(new)",
+        "from os import remove",
+        "call(shutil.rmtree)",
+    ],
+)
+def test_a_call_that_removes_is_found(code: str) -> None:
+    """The search for such calls finds each form of them."""
+    assert list(list_removing_calls(ast.parse(code)))

@@ -1,12 +1,9 @@
 """What a pass costs the cloud, alone and as one of many in a process. Counts, never times."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,158 +11,148 @@ import pytest
 
 from support.corpus import QCOW2
 from support.node import Node, needs_root
+from support.observe import INTERRUPTED, count_requests
 from support.repeating import running
 
 DATA = b"\1" * 5000
+STRANGER = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
+# Keystone's version and a token, and the schema of images, which glanceclient wants.
+START = 3
 
 
-def requests(node: Node) -> Counter[str]:
-    """The requests that the command sent so far.
-
-    Glance's own, which checks tokens, do not count.
-    """
-
-    def logged() -> list[str]:
-        logs = (node.cloud.directory / f"{name}-access.log" for name in ("keystone", "glance"))
-        return [line for log in logs for line in log.read_text().splitlines()]
-
-    # A line is written when its answer has been sent, so possibly after the command has ended.
-    lines = logged()
-    while True:
-        time.sleep(0.3)
-        if len(logged()) == len(lines):
-            break
-        lines = logged()
-    return Counter(line.split('"')[1] for line in lines if '"ln-images/' in line)
-
-
-def asked_by(node: Node, *arguments: str) -> list[str]:
-    """The requests of one run."""
-    before = requests(node)
+def requests_of(node: Node, *arguments: str) -> list[str]:
+    """Return the requests of one run."""
+    before = count_requests(node)
     run = node.run(*arguments)
     assert run.returncode == 0, run.stderr
-    return list((requests(node) - before).elements())
+    return list((count_requests(node) - before).elements())
 
 
-def test_a_pass_with_nothing_to_do_costs_three_requests(node: Node) -> None:
-    """One for Keystone's version, one for a token, one for the images in flight, however many images are linked."""
-    node.cloud.add_many(120)
-    node.run("-q")
-    asked = asked_by(node)
-    assert len(asked) == 3
-    assert not any("id=in" in path for path in asked)
-
-
-@pytest.mark.parametrize(("new", "groups"), [(1, 1), (50, 1), (51, 2), (120, 3)])
-def test_new_images_are_asked_about_in_groups(node: Node, new: int, groups: int) -> None:
-    """Fifty ids a request, beside the three of a pass with nothing to do."""
-    node.cloud.add_many(new)
-    asked = asked_by(node)
-    assert sum("id=in" in path for path in asked) == groups
-    assert len(asked) == 3 + groups
-
-
-def test_files_that_glance_does_not_know_cost_two_requests_a_group(node: Node) -> None:
-    """An id that is in no listing is looked for once more among the hidden images, and is nothing then."""
-    stray = node.images / "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
-    stray.write_bytes(DATA)
-    assert len(asked_by(node)) == 5
-    assert not node.names()
-
-
-@pytest.mark.parametrize("full", [True, False])
-def test_past_some_hundreds_everything_is_listed(node: Node, full: bool) -> None:
-    """With --full, and where asking in groups would cost more, all images are listed, hidden ones by themselves."""
-    node.cloud.add_many(3 if full else 501)
-    asked = asked_by(node, *(["--full"] if full else []))
-    assert sum("/v2/images?" in path for path in asked) == 2
-    assert not any("id=in" in path or "status=in" in path for path in asked)
-
-
-def test_hidden_and_in_flight_images_are_found_without_a_listing(node: Node) -> None:
-    """The few questions of a pass reach a hidden image, a queued one and one of another state beside."""
-    hidden = node.cloud.image("hidden", DATA, os_hidden=True)
-    queued = node.cloud.create("queued")
-    off = node.cloud.image("off", DATA)
-    node.cloud.image_api().post(f"/images/{off}/actions/deactivate")
-    document = json.loads(node.run("--format", "json").stdout)
-    outcomes = {image["id"]: image["outcome"] for image in document["images"]}
-    assert outcomes == {hidden: "linked", queued: "waiting", off: "skipped"}
-
-
-def several(node: Node, *arguments: str) -> list[dict[str, Any]]:
-    """The reports of some passes of one process, in which nothing goes wrong."""
+def several_passes(node: Node, *arguments: str) -> list[dict[str, Any]]:
+    """Return the reports of some passes of one process, in which nothing goes wrong."""
     with running(node, "--every", "0.2", *arguments) as run:
         reports = [run.report() for _ in range(3)]
         run.process.send_signal(signal.SIGTERM)
         reports += run.reports
-        status, errors = run.ended(None)
-    assert (status, [line.split(":")[1] for line in errors]) == (130, [" interrupted"])
+        assert run.end(None) == (130, INTERRUPTED.splitlines())
     return reports
 
 
+def test_an_idle_pass_costs_one_request_for_images(node: Node) -> None:
+    """Under -q it queries a sample of the linked images, however many there are."""
+    node.cloud.add_many(120)
+    node.run("-q")
+    requests = requests_of(node, "-q")
+    assert len(requests) == START + 1
+    (query,) = [path for path in requests if "/v2/images?" in path]
+    assert query.count("%2C") == 49
+
+
+def test_a_report_costs_a_listing_of_images_in_flight(node: Node) -> None:
+    """Images that are queued or being saved are queried only if a report shows them."""
+    node.cloud.add_many(1)
+    node.run("-q")
+    requests = requests_of(node)
+    assert len(requests) == START + 2
+    assert sum("status=in" in path for path in requests) == 1
+
+
+@pytest.mark.parametrize(("new", "groups"), [(1, 1), (50, 1), (51, 2), (120, 3)])
+def test_new_images_are_queried_in_groups(node: Node, new: int, groups: int) -> None:
+    """A request has fifty ids. Images that Glance knows prove the cloud, so there is no sample."""
+    node.cloud.add_many(new)
+    requests = requests_of(node, "-q")
+    assert sum("id=in" in path for path in requests) == groups
+    assert len(requests) == START + groups
+
+
+def test_files_that_glance_does_not_know_cost_two_requests(node: Node) -> None:
+    """An id that Glance does not list is queried once more among the hidden images."""
+    node.cloud.add_many(1)
+    node.run("-q")
+    (node.images / STRANGER).write_bytes(DATA)
+    requests = requests_of(node, "-q")
+    assert sum(STRANGER in path for path in requests) == 2
+    assert len(requests) == START + 2 + 1
+    assert not node.entry(STRANGER).exists()
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_for_many_images_everything_is_listed(node: Node, full: bool) -> None:
+    """With --full, or for more than 500 files without a link, Glance lists all images."""
+    node.cloud.add_many(3 if full else 501)
+    requests = requests_of(node, *(["--full"] if full else []))
+    assert sum("/v2/images?" in path for path in requests) == 2
+    assert not any("id=in" in path or "status=in" in path for path in requests)
+
+
+def test_hidden_and_in_flight_images_are_found_without_a_listing(node: Node) -> None:
+    """The few queries of a pass find a hidden image, a queued one and a deactivated one."""
+    hidden = node.cloud.image("hidden", DATA, os_hidden=True)
+    queued = node.cloud.create("queued")
+    deactivated = node.cloud.image("deactivated", DATA)
+    node.cloud.image_api().post(f"/images/{deactivated}/actions/deactivate")
+    outcomes = {image["id"]: image["outcome"] for image in node.report()["images"]}
+    assert outcomes == {hidden: "linked", queued: "waiting", deactivated: "skipped"}
+
+
 def test_one_process_makes_passes_with_one_token(node: Node) -> None:
-    """With --every the version and the token are asked for once, and the connection is kept."""
+    """With --every the token and the schema are requested once, and a pass costs one request."""
     node.cloud.image("image", DATA)
     node.run("-q")
-    before = requests(node)
-    passes = len(several(node))
-    asked = list((requests(node) - before).elements())
-    assert sum("/v3" in path for path in asked) == 2
-    assert len(asked) == 2 + passes
+    before = count_requests(node)
+    passes = len(several_passes(node))
+    requests = list((count_requests(node) - before).elements())
+    assert sum("/v3" in path for path in requests) == 2
+    assert sum("/v2/schemas/" in path for path in requests) == 1
+    assert sum("id=in" in path for path in requests) == passes
+    assert len(requests) == START + passes
 
 
-def test_what_stands_is_asked_and_logged_once(node: Node, tmp_path: Path) -> None:
-    """In one process, what is refused is asked about once while its file stays.
-
-    What stands is in the log once.
-
-    That Nova's raw copy has a qcow2 image's name is a warning, for the log file alone, and a
-    metric.
-    """
+def test_what_stands_is_queried_and_logged_once(node: Node, tmp_path: Path) -> None:
+    """A process queries a refused image once while its file stays, and logs each problem once."""
     log, metrics = tmp_path / "log", tmp_path / "metrics"
     refused = node.cloud.image("refused", b"QFI\xfb\0\0\0\3" + bytes(5000))
     content = tmp_path / "qcow2"
     QCOW2(content)
-    raw = node.cloud.image("qcow2", content.read_bytes(), disk_format="qcow2")
-    node.entry(raw).write_bytes(DATA)
-    before = requests(node)
-    files = ("--log-file", str(log), "--metrics-file", str(metrics))
-    reports = several(node, *files)
+    raw_copy = node.cloud.image("qcow2", content.read_bytes(), disk_format="qcow2")
+    node.entry(raw_copy).write_bytes(DATA)
+    before = count_requests(node)
+    reports = several_passes(node, "--log-file", str(log), "--metrics-file", str(metrics))
     for report in reports:
+        assert len(report["images"]) == 2
         assert {image["id"]: image["outcome"] for image in report["images"]} == {
             refused: "refused",
-            raw: "occupied",
+            raw_copy: "occupied",
         }
-        assert len(report["images"]) == 2
-    asked = list((requests(node) - before).elements())
-    assert sum(refused in line for line in asked) == 1
-    assert sum(raw in line for line in asked) == len(reports)
-    warned = [line.split(" ", 4)[2:] for line in log.read_text().splitlines()]
-    assert sorted((level, text.split(":")[0]) for level, _, text in warned) == [
+    requests = list((count_requests(node) - before).elements())
+    assert sum(refused in path for path in requests) == 1
+    assert sum(raw_copy in path for path in requests) == len(reports)
+    lines = [line.split(" ", 4)[2:] for line in log.read_text().splitlines()]
+    assert sorted((level, text.split(":")[0]) for level, _place, text in lines) == [
         ("WARNING", "occupied"),
         ("WARNING", "refused"),
     ]
     assert "force_raw_images = False" in log.read_text()
-    assert "ln_images_occupied_raw 1.0" in metrics.read_text()
+    assert f'ln_images_occupied_raw{{cache_dir="{node.cache}"}} 1.0' in metrics.read_text()
 
 
-def test_each_image_is_told_of_once_where_all_are_asked(node: Node) -> None:
-    """--full asks about every image in each pass, and what is remembered of one is not told beside it."""
+def test_each_image_is_reported_once_if_all_are_queried(node: Node) -> None:
+    """--full queries every image in each pass, and does not add what is remembered of one."""
     image = node.cloud.image("refused", b"QFI\xfb\0\0\0\3" + bytes(5000))
-    reports = several(node, "--full")
-    assert [[one["id"] for one in report["images"]] for report in reports] == [[image]] * len(
-        reports
-    )
+    for report in several_passes(node, "--full"):
+        assert [result["id"] for result in report["images"]] == [image]
 
 
 @needs_root
 def test_an_image_that_nova_downloads_is_not_linked(node: Node, tmp_path: Path) -> None:
-    """What has changed within ten minutes beside the cache name is a download.
+    """A .part or .converted that changed within ten minutes is a download; others are leftovers.
 
-    What is older is told of under -v.
+    A change in the future, as after a clock that jumped, is no download.
     """
-    images = {name: node.cloud.image(name, DATA) for name in ("fetched", "converted", "left")}
+    downloads = {"fetched": ".part", "converted": ".converted"}
+    leftovers = {"left": "20200101000000", "future": "20370101000000"}
+    images = {name: node.cloud.image(name, DATA) for name in (*downloads, *leftovers)}
     disk_file, mounted = tmp_path / "ext4", tmp_path / "mounted"
     mounted.mkdir()
     path = {"PATH": f"{os.environ['PATH']}:/sbin:/usr/sbin"}
@@ -180,27 +167,25 @@ def test_an_image_that_nova_downloads_is_not_linked(node: Node, tmp_path: Path) 
         shutil.copytree(node.images, mounted / "images")
         here = Node(node.cloud, mounted / "cache")
         here.cache.mkdir()
-        for name, suffix in (("fetched", ".part"), ("converted", ".converted"), ("left", ".part")):
+        for name in images:
+            suffix = downloads.get(name, ".part")
             here.entry(images[name]).with_suffix(suffix).write_bytes(DATA)
         subprocess.run(["umount", mounted], check=True)
-        # No system call sets a ctime.
-        left = f"set_inode_field /cache/{here.entry(images['left']).name}.part ctime 20260101000000"
-        subprocess.run(
-            ["debugfs", "-w", "-R", left, disk_file], check=True, env=path, capture_output=True
-        )
+        for name, changed in leftovers.items():
+            # No system call sets a ctime.
+            part = f"/cache/{here.entry(images[name]).name}.part"
+            command = f"set_inode_field {part} ctime {changed}"
+            subprocess.run(
+                ["debugfs", "-w", "-R", command, disk_file],
+                check=True,
+                env=path,
+                capture_output=True,
+            )
         mount()
-        run = here.run("-v", "--format", "json", LN_IMAGES_IMAGES_DIR=str(mounted / "images"))
+        verdicts = here.verdicts(LN_IMAGES_IMAGES_DIR=str(mounted / "images"))
     finally:
         subprocess.run(["umount", "--lazy", mounted], check=True)
-    assert run.returncode == 0, run.stderr
-    found = {
-        image["id"]: (image["outcome"], image["reason"])
-        for image in json.loads(run.stdout)["images"]
+    assert verdicts == {
+        **{images[name]: ("waiting", "nova_is_downloading") for name in downloads},
+        **{images[name]: ("linked", "no_link_yet") for name in leftovers},
     }
-    downloaded = ("waiting", "Nova is downloading it")
-    assert found == {
-        images["fetched"]: downloaded,
-        images["converted"]: downloaded,
-        images["left"]: ("linked", ""),
-    }
-    assert f"leftovers of downloads: 1, {len(DATA)} bytes" in run.stderr

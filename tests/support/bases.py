@@ -36,7 +36,7 @@ def make_base(
     return base
 
 
-def report_document(host: str, *bases: str, **changes: Any) -> dict[str, Any]:
+def report_document(host: str, /, *bases: str, **changes: Any) -> dict[str, Any]:
     """Return a complete report, begun now, of a host whose disks use ``bases``."""
     document = {
         "version": 1,
@@ -55,7 +55,9 @@ def report_document(host: str, *bases: str, **changes: Any) -> dict[str, Any]:
     return document | changes
 
 
-def write_report(directory: Path, host: str, *bases: str, age: float = 0, **changes: Any) -> Path:
+def write_report(
+    directory: Path, host: str, /, *bases: str, age: float = 0, **changes: Any
+) -> Path:
     """Write a report in one step, as ln-images-node does. Return its path.
 
     With ``age``, in seconds, the report and its file are so old, except for the file's ctime.

@@ -1,9 +1,10 @@
-"""A server on loopback that stands before a real Keystone or Glance and does what servers do when they break."""
+"""A server on loopback, in front of a real Keystone or Glance, that breaks as servers break."""
 
 import contextlib
 import datetime
 import http.client
 import ipaddress
+import json
 import ssl
 import threading
 import urllib.parse
@@ -24,32 +25,42 @@ _HANG_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What is said in place of the real answer.
+    """What the server sends in place of the real answer.
 
-    ``missing``: so many bytes more are promised than sent. ``hang``: the connection then stays
-    open. With status 0 nothing is sent at all: it hangs up, or with ``hang`` stays silent.
-    ``again``: the body is repeated until nobody reads it any more, with so many seconds between.
+    With ``missing`` it promises so many more bytes than it sends. With ``hang`` the connection then
+    stays open. With status 0 it sends nothing: it hangs up, or with ``hang`` stays silent. With
+    ``again`` it repeats the body until nobody reads it any more, with so many seconds in between.
+    With ``head`` it sends that in place of the status line and the headers.
     """
 
     status: int = 200
     body: bytes = b""
-    content_type: str = "application/json"
+    content_type: str | None = "application/json"
     missing: int = 0
     hang: bool = False
     again: float | None = None
+    head: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, document: Any) -> Self:
+        """Return a good answer with a JSON document."""
+        return cls(body=json.dumps(document).encode())
 
-# Takes the path of a request, and gives the path that is really asked for, or an answer of its own.
+    @classmethod
+    def redirect(cls, url: str, status: int = 302) -> Self:
+        """Return an answer that redirects to ``url``."""
+        return cls(status=status, headers={"Location": url})
+
+
+# Takes the path of a request, and returns the path to request upstream, or an answer of its own.
 Rule = Callable[[str], str | Answer]
 
 
 class Faulty(ThreadingHTTPServer):
-    """Forwards to ``upstream`` what ``rule`` lets pass.
+    """A server that forwards to ``upstream`` what ``rule`` lets pass, until its context ends.
 
-    It serves as soon as it is made; use it as a context manager.
-
-    ``paths`` are those that were asked for, and ``secrets`` every token that went through. With
+    ``paths`` has the path of each request, and ``secrets`` each token that went through. With
     ``tls`` it speaks https.
     """
 
@@ -81,14 +92,14 @@ class Faulty(ThreadingHTTPServer):
         return self
 
     def stop(self) -> None:
-        """Ends the server: whoever connects is refused. May be called twice."""
+        """End the server, so that connections are refused. May be called twice."""
         self.ended.set()
         self.shutdown()
         self._thread.join()
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing: clients that hang up early are what this server is for."""
+        """Print nothing: clients that hang up early are what this server is for."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -102,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Keeps the test's output clean."""
+        """Print nothing."""
 
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -113,11 +124,14 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(ruled, str):
             self._forward(ruled, body)
             return
-        if ruled.status:
-            headers = {"Content-Type": ruled.content_type, **ruled.headers}
-            self._send(
-                ruled.status, headers, ruled.body, ruled.missing if ruled.again is None else 2**40
-            )
+        if ruled.head is not None:
+            self.wfile.write(ruled.head + ruled.body)
+        elif ruled.status:
+            headers = dict(ruled.headers)
+            if ruled.content_type is not None:
+                headers["Content-Type"] = ruled.content_type
+            missing = ruled.missing if ruled.again is None else 2**40
+            self._send(ruled.status, headers, ruled.body, missing)
         while ruled.again is not None and not self.server.ended.wait(ruled.again):
             self.wfile.write(ruled.body)
         if ruled.hang:
@@ -135,16 +149,17 @@ class _Handler(BaseHTTPRequestHandler):
             }
             real.request(self.command, path, body, headers)
             answer = real.getresponse()
-            # The services write links with the host that was asked, and do not know that it speaks https.
+            # The services make links to the host of the request, and do not know that this is
+            # https.
             host = self.server.url.partition("//")[2]
-            said = answer.read().replace(f"http://{host}".encode(), self.server.url.encode())
+            document = answer.read().replace(f"http://{host}".encode(), self.server.url.encode())
             self._remember(answer.headers)
             kept = {
                 key: value
                 for key, value in answer.headers.items()
                 if key.lower() not in _NOT_FORWARDED
             }
-            self._send(answer.status, kept, said)
+            self._send(answer.status, kept, document)
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, missing: int = 0) -> None:
         self.send_response_only(status)
@@ -162,17 +177,14 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
 
-# What a test sets in the command's environment; None takes a variable away.
+# What a test sets in the command's environment. None removes a variable.
 Variables = dict[str, str | None]
-# Stands a server before the real Glance, in the real catalog.
+# Puts a server in front of the real Glance, in the real catalog.
 Front = Callable[..., tuple[Faulty, Variables]]
 
 
 class Authority:
-    """A certificate authority for an hour.
-
-    ``ca.pem`` in ``directory``, and the certificates it issues there.
-    """
+    """A certificate authority for an hour, with its files in ``directory``."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -185,7 +197,7 @@ class Authority:
         )
 
     def issue(self, name: str) -> tuple[Path, Path]:
-        """A certificate for 127.0.0.1 and its key, as the files ``name``.crt and ``name``.key."""
+        """Make a certificate for 127.0.0.1, and return the files of it and of its key."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
         private = key.private_bytes(
@@ -199,7 +211,7 @@ class Authority:
         )
 
     def server(self, demand_certificate: bool) -> ssl.SSLContext:
-        """What a server needs to speak https, and to want a certificate of this authority from its clients."""
+        """Return what a server needs for https, and to demand certificates from its clients."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*self.issue("server"))
         if demand_certificate:

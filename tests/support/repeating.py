@@ -8,9 +8,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from support.node import COMMAND, SCHEMA, UNCOVERED, Node
+from support.node import SCHEMA, UNCOVERED, Node, executable
 
-# Whoever waits for the next report of a process that hangs is told so by its end.
+# A process that hangs is killed after so many seconds. Then whoever waits for its report fails.
 ENDS_WITHIN = 300
 
 
@@ -22,7 +22,7 @@ class Running:
         self.reports = self._read()
 
     def report(self) -> dict[str, Any]:
-        """The next report that it prints."""
+        """Return the next report that it prints."""
         return next(self.reports)
 
     def _read(self) -> Iterator[dict[str, Any]]:
@@ -31,8 +31,8 @@ class Running:
             SCHEMA.validate(document)
             yield document
 
-    def ended(self, number: int | None = signal.SIGTERM) -> tuple[int, list[str]]:
-        """Its exit status and its lines of error, after a signal if one is named."""
+    def end(self, number: int | None = signal.SIGTERM) -> tuple[int, list[str]]:
+        """Wait for its end, after a signal if one is named. Return its status and its errors."""
         if number is not None:
             self.process.send_signal(number)
         _, errors = self.process.communicate(timeout=60)
@@ -41,9 +41,9 @@ class Running:
 
 @contextlib.contextmanager
 def running(node: Node, *arguments: str, **variables: str | None) -> Iterator[Running]:
-    """The command with reports in JSON; it is gone when the block ends."""
+    """Start the command with reports in JSON, and make sure that it is gone in the end."""
     process = subprocess.Popen(
-        [COMMAND, "--format", "json", *arguments],
+        [executable(), "--format", "json", *arguments],
         env=node.environment(**variables, **UNCOVERED),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

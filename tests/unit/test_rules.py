@@ -1,58 +1,548 @@
-"""The policy: every decision, as tables and for any state of cloud and disk."""
+"""The policy of linking, as a table: facts on the left, what becomes of the image on the right."""
 
-import hashlib
+import errno
+import os
 import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ln_images.plan import (
-    IN_FLIGHT,
-    cache_name,
-    held,
-    is_downloading,
-    is_image_id,
-    judge_files,
-    judge_image,
-    look,
-)
 
-from ln_images.model import UNMARKABLE, File, Image, Outcome, Verdict
-from support.node import DEFAULTS
+from ln_images.model import (
+    IN_FLIGHT,
+    MARKS_UNSUPPORTED,
+    NO_MARKS,
+    Action,
+    Base,
+    Decision,
+    DiskUsage,
+    File,
+    Image,
+    LinkPolicy,
+    Marks,
+    Outcome,
+    Owner,
+    Reason,
+    Reclaimable,
+    Verdict,
+    cache_name,
+    is_image_id,
+)
+from ln_images.rules import QUIET_SECONDS, decide, is_correct, judge_error, judge_image
+from ln_images.scan import MOST_BASES, MOST_FOREIGN_NAMES, Scan, reclaimable, scan
+from ln_images.store import Facts, Store, is_fresh_download
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
-OTHER = ID.upper()
-OPTIONS = replace(DEFAULTS, owner=(107, 108), disk_formats=("raw", "qcow2"))
-IMAGE = Image(ID, "name", "active", "raw", 1000)
-SOURCE = File(stat.S_IFREG | 0o640, 11, 1, links=1, uid=64062, gid=64062, size=1000, changed=0.0)
-LINK = SOURCE._replace(
-    mode=stat.S_IFREG | 0o644, uid=107, gid=108, links=2, mark=ID, marked_size=1000
-)
-
+OTHER_ID = "a0000000-0000-4000-8000-000000000000"
 NAME = cache_name(ID)
-# What Nova left under the cache name.
-NOVAS = SOURCE._replace(inode=12)
-TRUNCATED = "the linked file has 999 of 1000 bytes: see docs/recovery.md"
-EARLIER = f"servers get an earlier image of this id: in the cache, `mv {NAME} {NAME}.retired`, and run again"
+OTHER_NAME = cache_name(OTHER_ID)
+NOW = 1e9
+POLICY = LinkPolicy(owner=Owner(107, 108), mode=0o644, disk_formats=("raw", "qcow2"))
+
+# An image that Glance has finished.
+IMAGE = Image(id=ID, name="name", status="active", disk_format="raw", size=1000)
+QCOW2 = replace(IMAGE, disk_format="qcow2")
+COPYING = replace(IMAGE, importing_to="store")
+
+# Its complete file in the store, which Glance has just written.
+FILE = File(
+    mode=stat.S_IFREG | 0o640,
+    inode=11,
+    device=1,
+    links=1,
+    owner=Owner(64062, 64062),
+    size=1000,
+    changed=NOW,
+    modified=NOW,
+    marks=NO_MARKS,
+)
+QUIET = FILE._replace(modified=NOW - QUIET_SECONDS)
+SHORT = FILE._replace(size=999)
+LONG = FILE._replace(size=1001)
+
+# The link as it must be: the same inode, with owner, mode and marks.
+MARKS = Marks(image_id=ID, size=1000)
+LINK = FILE._replace(mode=stat.S_IFREG | 0o644, links=2, owner=Owner(107, 108), marks=MARKS)
+# A file that Nova left under the cache name.
+NOVAS = FILE._replace(inode=12)
+# Bases that belong to no image in the store.
+ORPHAN = LINK._replace(inode=12, links=1)
+UNMARKED = ORPHAN._replace(marks=NO_MARKS)
 
 
-def verdict_of(image: Image, source: File | None, entry: File | None) -> Verdict:
-    """What the command decides: first by Glance's word, then by the disk."""
-    return judge_image(image, OPTIONS) or judge_files(image, source, entry, OPTIONS)
+class Case(NamedTuple):
+    """A row of the policy."""
+
+    title: str
+    image: Image
+    facts: Facts
+    outcome: Outcome
+    reason: Reason
+    action: Action | None = None
 
 
-def test_the_cache_name_is_novas() -> None:
-    """The golden vector, made by Nova itself; an id's case counts."""
-    assert cache_name(ID) == "0d5e6b61602d758984b3bf038267614d6016eb2a"
-    assert (
-        cache_name(ID.upper())
-        == hashlib.sha1(ID.upper().encode(), usedforsecurity=False).hexdigest()
-    )
+def of_kind(kind: int, file: File = FILE) -> File:
+    """Return the same file as another kind of file, such as a FIFO."""
+    return file._replace(mode=kind | 0o644)
+
+
+# What Glance says about the image rules out a link.
+GLANCE_DECIDES = [
+    ({"id": "../etc/passwd"}, Outcome.SKIPPED, Reason.NOT_AN_IMAGE_ID),
+    ({"status": "queued", "size": None}, Outcome.WAITING, Reason.NOT_FINISHED),
+    ({"status": "saving"}, Outcome.WAITING, Reason.NOT_FINISHED),
+    ({"status": "uploading"}, Outcome.WAITING, Reason.NOT_FINISHED),
+    ({"status": "importing"}, Outcome.WAITING, Reason.NOT_FINISHED),
+    ({"status": "deactivated"}, Outcome.SKIPPED, Reason.STATUS),
+    ({"status": "killed"}, Outcome.SKIPPED, Reason.STATUS),
+    ({"status": "pending_delete"}, Outcome.SKIPPED, Reason.STATUS),
+    ({"status": "deleted"}, Outcome.SKIPPED, Reason.STATUS),
+    ({"status": "Active"}, Outcome.SKIPPED, Reason.STATUS),
+    ({"status": None}, Outcome.SKIPPED, Reason.STATUS),
+    ({"disk_format": "vmdk"}, Outcome.SKIPPED, Reason.DISK_FORMAT),
+    ({"disk_format": "iso"}, Outcome.SKIPPED, Reason.DISK_FORMAT),
+    ({"disk_format": None}, Outcome.SKIPPED, Reason.DISK_FORMAT),
+    ({"container_format": "compressed"}, Outcome.SKIPPED, Reason.COMPRESSED),
+    ({"signed": True}, Outcome.SKIPPED, Reason.SIGNED),
+    ({"size": None}, Outcome.SKIPPED, Reason.NO_SIZE),
+    ({"size": 0}, Outcome.SKIPPED, Reason.EMPTY),
+]
+
+# Glance allows a link, so the two directories decide.
+DIRECTORIES_DECIDE = [
+    # The image's own file.
+    Case("no file", IMAGE, Facts(None, None), Outcome.SKIPPED, Reason.NO_FILE),
+    Case("no file, a base", IMAGE, Facts(None, LINK), Outcome.SKIPPED, Reason.NO_FILE),
+    Case(
+        "no file, being copied",
+        COPYING,
+        Facts(None, None),
+        Outcome.WAITING,
+        Reason.BEING_COPIED,
+    ),
+    Case(
+        "a symbolic link",
+        IMAGE,
+        Facts(of_kind(stat.S_IFLNK), None),
+        Outcome.REFUSED,
+        Reason.NOT_A_REGULAR_FILE,
+    ),
+    Case(
+        "a FIFO",
+        IMAGE,
+        Facts(of_kind(stat.S_IFIFO), None),
+        Outcome.REFUSED,
+        Reason.NOT_A_REGULAR_FILE,
+    ),
+    Case(
+        "a directory",
+        IMAGE,
+        Facts(of_kind(stat.S_IFDIR), None),
+        Outcome.REFUSED,
+        Reason.NOT_A_REGULAR_FILE,
+    ),
+    Case("a short file", IMAGE, Facts(SHORT, None), Outcome.WAITING, Reason.FILE_INCOMPLETE),
+    Case(
+        "a short file, unchanged for a second less than an hour",
+        IMAGE,
+        Facts(SHORT._replace(modified=NOW - QUIET_SECONDS + 1), None),
+        Outcome.WAITING,
+        Reason.FILE_INCOMPLETE,
+    ),
+    Case(
+        "a short file, unchanged for an hour",
+        IMAGE,
+        Facts(SHORT._replace(modified=NOW - QUIET_SECONDS), None),
+        Outcome.DAMAGED,
+        Reason.FILE_TOO_SHORT,
+    ),
+    Case(
+        "a short file, written an hour in the future",
+        IMAGE,
+        Facts(SHORT._replace(modified=NOW + QUIET_SECONDS), None),
+        Outcome.DAMAGED,
+        Reason.FILE_TOO_SHORT,
+    ),
+    Case(
+        "a short file, unchanged for an hour, being copied",
+        COPYING,
+        Facts(SHORT._replace(modified=NOW - QUIET_SECONDS), None),
+        Outcome.WAITING,
+        Reason.FILE_INCOMPLETE,
+    ),
+    Case(
+        "a short file, another file as base",
+        IMAGE,
+        Facts(SHORT, NOVAS),
+        Outcome.WAITING,
+        Reason.FILE_INCOMPLETE,
+    ),
+    Case("a long file", IMAGE, Facts(LONG, None), Outcome.REFUSED, Reason.FILE_TOO_LONG),
+    Case("a long file, Nova's", IMAGE, Facts(LONG, NOVAS), Outcome.REFUSED, Reason.FILE_TOO_LONG),
+    Case(
+        "a linked file that was truncated",
+        IMAGE,
+        Facts(SHORT, LINK._replace(size=999)),
+        Outcome.DAMAGED,
+        Reason.LINKED_FILE_WRONG_SIZE,
+    ),
+    Case(
+        "a linked file that has grown",
+        IMAGE,
+        Facts(LONG, LINK._replace(size=1001)),
+        Outcome.DAMAGED,
+        Reason.LINKED_FILE_WRONG_SIZE,
+    ),
+    Case(
+        "a linked file that Glance copies anew",
+        COPYING,
+        Facts(SHORT, LINK._replace(size=999)),
+        Outcome.WAITING,
+        Reason.FILE_INCOMPLETE,
+    ),
+    Case(
+        "a linked file of the wrong size after an interrupted copy",
+        COPYING,
+        Facts(SHORT._replace(modified=NOW - QUIET_SECONDS), LINK._replace(size=999)),
+        Outcome.DAMAGED,
+        Reason.LINKED_FILE_WRONG_SIZE,
+    ),
+    # Another file has the cache name.
+    Case("Nova's file", IMAGE, Facts(FILE, NOVAS), Outcome.OCCUPIED, Reason.OTHER_FILE),
+    Case(
+        "Nova's file of another size",
+        IMAGE,
+        Facts(FILE, NOVAS._replace(size=7), entry_is_raw=True),
+        Outcome.OCCUPIED,
+        Reason.OTHER_FILE,
+    ),
+    Case(
+        "a file with the mark of another image",
+        IMAGE,
+        Facts(FILE, NOVAS._replace(marks=Marks(image_id=OTHER_ID))),
+        Outcome.OCCUPIED,
+        Reason.OTHER_FILE,
+    ),
+    Case(
+        "the same inode number on another device",
+        IMAGE,
+        Facts(FILE, FILE._replace(device=2)),
+        Outcome.OCCUPIED,
+        Reason.OTHER_FILE,
+    ),
+    Case(
+        "a copy of the link",
+        IMAGE,
+        Facts(FILE, LINK._replace(inode=12)),
+        Outcome.OCCUPIED,
+        Reason.COPY_OR_EARLIER_IMAGE,
+    ),
+    Case(
+        "the link of an earlier image of this id",
+        IMAGE,
+        Facts(FILE, LINK._replace(inode=12, size=7, marks=Marks(image_id=ID, size=7))),
+        Outcome.OCCUPIED,
+        Reason.COPY_OR_EARLIER_IMAGE,
+    ),
+    Case(
+        "Nova's raw copy of a qcow2 image",
+        QCOW2,
+        Facts(FILE, NOVAS, entry_is_raw=True),
+        Outcome.OCCUPIED,
+        Reason.RAW_COPY,
+    ),
+    Case(
+        "Nova's qcow2 file of a qcow2 image",
+        QCOW2,
+        Facts(FILE, NOVAS),
+        Outcome.OCCUPIED,
+        Reason.OTHER_FILE,
+    ),
+    Case(
+        "a symbolic link in the cache",
+        IMAGE,
+        Facts(FILE, of_kind(stat.S_IFLNK, NOVAS)),
+        Outcome.OCCUPIED,
+        Reason.OTHER_KIND_OF_FILE,
+    ),
+    Case(
+        "a device in the cache",
+        QCOW2,
+        Facts(FILE, of_kind(stat.S_IFCHR, NOVAS)),
+        Outcome.OCCUPIED,
+        Reason.OTHER_KIND_OF_FILE,
+    ),
+    # The link is there.
+    Case("a correct link", IMAGE, Facts(FILE, LINK), Outcome.PRESENT, Reason.CORRECT),
+    Case("a link, being copied", COPYING, Facts(FILE, LINK), Outcome.PRESENT, Reason.CORRECT),
+    Case(
+        "a link of another owner",
+        IMAGE,
+        Facts(FILE, LINK._replace(owner=Owner(0, 108))),
+        Outcome.REPAIRED,
+        Reason.WRONG_ATTRIBUTES,
+        Action.REPAIR,
+    ),
+    Case(
+        "a link with the mark of another image",
+        IMAGE,
+        Facts(FILE, LINK._replace(marks=Marks(image_id=OTHER_ID, size=1000))),
+        Outcome.REPAIRED,
+        Reason.WRONG_ATTRIBUTES,
+        Action.REPAIR,
+    ),
+    Case(
+        "a link with the mark of another image that has the same inode",
+        IMAGE,
+        Facts(
+            FILE,
+            LINK._replace(marks=Marks(image_id=OTHER_ID, size=1000)),
+            mark_is_shared=True,
+        ),
+        Outcome.PRESENT,
+        Reason.CORRECT,
+    ),
+    # The cache name is free.
+    Case(
+        "a new image",
+        IMAGE,
+        Facts(FILE, None),
+        Outcome.LINKED,
+        Reason.NO_LINK_YET,
+        Action.LINK,
+    ),
+    Case(
+        "a new image whose file shows no marks",
+        IMAGE,
+        Facts(FILE._replace(marks=None), None),
+        Outcome.LINKED,
+        Reason.NO_LINK_YET,
+        Action.LINK,
+    ),
+    Case(
+        "a file with the mark of another image",
+        IMAGE,
+        Facts(FILE._replace(marks=Marks(image_id=OTHER_ID, size=1000)), None),
+        Outcome.LINKED,
+        Reason.NO_LINK_YET,
+        Action.LINK,
+    ),
+    Case(
+        "a file that we linked before",
+        IMAGE,
+        Facts(FILE._replace(marks=MARKS), None),
+        Outcome.LINKED,
+        Reason.LINK_WAS_REMOVED,
+        Action.LINK,
+    ),
+    Case(
+        "a complete file, being copied",
+        COPYING,
+        Facts(FILE, None),
+        Outcome.WAITING,
+        Reason.BEING_COPIED,
+    ),
+    Case(
+        "a complete file, unchanged for an hour after an interrupted copy",
+        COPYING,
+        Facts(QUIET, None),
+        Outcome.LINKED,
+        Reason.NO_LINK_YET,
+        Action.LINK,
+    ),
+    Case(
+        "a download by Nova",
+        IMAGE,
+        Facts(FILE, None, is_downloading=True),
+        Outcome.WAITING,
+        Reason.NOVA_IS_DOWNLOADING,
+    ),
+    Case(
+        "a download by Nova, after an interrupted copy",
+        COPYING,
+        Facts(QUIET, None, is_downloading=True),
+        Outcome.WAITING,
+        Reason.NOVA_IS_DOWNLOADING,
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "outcome", "reason"), GLANCE_DECIDES)
+def test_glance_alone_can_rule_out_a_link(
+    change: dict[str, object], outcome: Outcome, reason: Reason
+) -> None:
+    """What Glance says rules out a link, whatever the two directories have."""
+    image = replace(IMAGE, **change)  # type: ignore[arg-type]
+    verdict = judge_image(image, POLICY)
+    assert verdict is not None
+    assert verdict[:2] == (outcome, reason)
+    assert decide(image, Facts(FILE, None), POLICY, NOW) == Decision(verdict)
+    assert decide(image, Facts(None, None), POLICY, NOW) == Decision(verdict)
+    assert decide(image, Facts(FILE, NOVAS), POLICY, NOW) == Decision(verdict)
 
 
 @pytest.mark.parametrize(
-    ("text", "is_id"),
+    "case", DIRECTORIES_DECIDE, ids=[case.title for case in DIRECTORIES_DECIDE]
+)
+def test_the_directories_decide_about_a_finished_image(case: Case) -> None:
+    """A complete file is linked if its cache name is free; a name that is taken is left alone."""
+    assert judge_image(case.image, POLICY) is None
+    decision = decide(case.image, case.facts, POLICY, NOW)
+    assert decision.verdict[:2] == (case.outcome, case.reason)
+    assert decision.action is case.action
+
+
+@pytest.mark.parametrize("container_format", ["bare", "ovf", "docker", "ami", None])
+def test_only_compressed_containers_are_skipped(container_format: str | None) -> None:
+    """Nova ignores every container format but compressed, and so do we."""
+    assert judge_image(replace(IMAGE, container_format=container_format), POLICY) is None
+
+
+def test_an_image_that_is_signed_after_linking_is_refused() -> None:
+    """A signature that arrives after the link is reported; before it, the image is skipped."""
+    signed = replace(IMAGE, signed=True)
+    linked = decide(signed, Facts(FILE, LINK), POLICY, NOW)
+    assert linked.action is None
+    assert linked.verdict[:2] == (Outcome.REFUSED, Reason.SIGNED_AFTER_LINKING)
+    other_file = decide(signed, Facts(FILE, NOVAS), POLICY, NOW)
+    assert other_file.verdict[:2] == (Outcome.SKIPPED, Reason.SIGNED)
+    # Other things that Glance says come first.
+    deactivated = decide(replace(signed, status="deactivated"), Facts(FILE, LINK), POLICY, NOW)
+    assert deactivated.verdict[:2] == (Outcome.SKIPPED, Reason.STATUS)
+
+
+@pytest.mark.parametrize(
+    ("image", "facts", "sentence"),
+    [
+        (replace(IMAGE, status="killed"), Facts(FILE, None), "status killed"),
+        (replace(IMAGE, status=None), Facts(FILE, None), "status unknown"),
+        (replace(IMAGE, disk_format=None), Facts(FILE, None), "disk format unknown"),
+        (IMAGE, Facts(SHORT, None), "the file has 999 of 1000 bytes"),
+        (
+            IMAGE,
+            Facts(LONG, None),
+            "the file has 1001 bytes, Glance states 1000; upload it again as a new image",
+        ),
+        (IMAGE, Facts(of_kind(stat.S_IFSOCK), None), "the file is a socket"),
+        (IMAGE, Facts(of_kind(stat.S_IFBLK), None), "the file is a device"),
+        (IMAGE, Facts(of_kind(0o110000), None), "the file is not a regular file"),
+        (
+            IMAGE,
+            Facts(SHORT, LINK._replace(size=999)),
+            "the linked file has 999 of 1000 bytes; follow docs/recovery.md",
+        ),
+        (
+            IMAGE,
+            Facts(FILE, NOVAS._replace(size=7)),
+            "another file has the cache name; it has 7 bytes, the image 1000",
+        ),
+        (
+            IMAGE,
+            Facts(FILE, of_kind(stat.S_IFLNK, NOVAS)),
+            "a symbolic link has the cache name",
+        ),
+        (COPYING, Facts(FILE, None), "Glance is copying it to the store store"),
+        (IMAGE, Facts(FILE, LINK), None),
+        (IMAGE, Facts(FILE, None), None),
+    ],
+)
+def test_a_sentence_has_the_facts_that_decided(
+    image: Image, facts: Facts, sentence: str | None
+) -> None:
+    """The sentence beside the reason code names the status, format, kind or sizes."""
+    assert decide(image, facts, POLICY, NOW).verdict.sentence == sentence
+
+
+def test_no_sentence_about_a_base_suggests_to_rename_or_remove_it() -> None:
+    """Servers may use whatever has a cache name, so the reader is led to docs/recovery.md."""
+    for case in DIRECTORIES_DECIDE:
+        if case.outcome in (Outcome.OCCUPIED, Outcome.DAMAGED):
+            sentence = decide(case.image, case.facts, POLICY, NOW).verdict.sentence or ""
+            for word in ("rename", "remove", "delete", "mv ", "rm "):
+                assert word not in sentence
+
+
+@pytest.mark.parametrize(
+    ("entry", "correct"),
+    [
+        pytest.param(LINK, True, id="as it must be"),
+        pytest.param(LINK._replace(links=4), True, id="more names elsewhere"),
+        pytest.param(LINK._replace(marks=MARKS_UNSUPPORTED), True, id="no marks possible"),
+        pytest.param(LINK._replace(owner=Owner(0, 108)), False, id="another user"),
+        pytest.param(LINK._replace(owner=Owner(107, 0)), False, id="another group"),
+        pytest.param(LINK._replace(mode=stat.S_IFREG | 0o640), False, id="too few permissions"),
+        pytest.param(LINK._replace(mode=stat.S_IFREG | 0o4644), False, id="a setuid bit"),
+        pytest.param(LINK._replace(mode=stat.S_IFLNK | 0o644), False, id="a symbolic link"),
+        pytest.param(LINK._replace(marks=NO_MARKS), False, id="no marks"),
+        pytest.param(LINK._replace(marks=Marks(OTHER_ID, 1000)), False, id="another image's mark"),
+        pytest.param(LINK._replace(marks=Marks(ID, None)), False, id="no size mark"),
+        pytest.param(LINK._replace(marks=Marks(ID, 999)), False, id="another size mark"),
+        pytest.param(LINK._replace(size=999), False, id="another size"),
+    ],
+)
+def test_a_link_is_correct_only_with_all_its_attributes(entry: File, correct: bool) -> None:
+    """Owner, mode, the image's mark and the size mark must all be right."""
+    assert is_correct(entry, [ID], POLICY) is correct
+    expected = Outcome.PRESENT if correct else Outcome.REPAIRED
+    if entry.size == FILE.size:
+        assert decide(IMAGE, Facts(FILE, entry), POLICY, NOW).verdict.outcome is expected
+
+
+def test_the_mark_of_any_image_on_the_inode_is_correct() -> None:
+    """A tool that deduplicates the store gives two images one inode, which has one mark."""
+    assert is_correct(LINK, [OTHER_ID, ID], POLICY)
+    assert not is_correct(LINK, [OTHER_ID], POLICY)
+
+
+@pytest.mark.parametrize(
+    ("number", "is_root", "advice"),
+    [
+        (errno.EPERM, True, "root_squash"),
+        (errno.EACCES, True, "lsattr"),
+        (errno.EPERM, False, "run the command as root"),
+        (errno.EACCES, False, "run the command as root"),
+        (errno.EINVAL, True, "id mapping"),
+        (errno.ENOSPC, True, "free space or inodes"),
+        (errno.EDQUOT, True, "free space or inodes"),
+        (errno.EMLINK, True, "as many names"),
+        (errno.EIO, True, "the kernel's log"),
+        (errno.EROFS, True, "the kernel's log"),
+        (errno.EUCLEAN, True, "the kernel's log"),
+        (errno.ELOOP, True, None),
+    ],
+)
+def test_a_system_error_has_its_usual_cause(number: int, is_root: bool, advice: str | None) -> None:
+    """The verdict has the kernel's words, and advice if the errno has a usual cause."""
+    outcome, reason, sentence = judge_error(OSError(number, os.strerror(number)), is_root)
+    assert (outcome, reason) == (Outcome.FAILED, Reason.SYSTEM_ERROR)
+    assert sentence is not None
+    happened, _, what_to_do = sentence.partition("; ")
+    assert happened == os.strerror(number)
+    assert (advice or "") in what_to_do
+    assert bool(what_to_do) is (advice is not None)
+
+
+def test_a_system_error_without_a_text_has_a_sentence() -> None:
+    """An OSError that a library raises without an errno is reported in its own words."""
+    assert judge_error(OSError("broken"), is_root=True).sentence == "broken"
+
+
+def test_the_cache_name_is_novas() -> None:
+    """The cache name of an id is the one that Nova itself computed; the case of the id counts."""
+    assert cache_name(ID) == "0d5e6b61602d758984b3bf038267614d6016eb2a"
+    assert cache_name(ID.upper()) != cache_name(ID)
+
+
+def test_an_id_that_is_no_valid_text_has_a_cache_name() -> None:
+    """JSON allows lone surrogates, and an image with such an id can still be reported."""
+    assert len(cache_name("\ud800")) == 40
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
     [
         (ID, True),
         (ID.upper(), True),
@@ -67,321 +557,253 @@ def test_the_cache_name_is_novas() -> None:
         (ID.replace("0", "\N{ARABIC-INDIC DIGIT ONE}"), False),
     ],
 )
-def test_only_ids_are_ids(text: str, is_id: bool) -> None:
-    """What becomes a file name is 8-4-4-4-12 ASCII hex digits and not one character more."""
-    assert is_image_id(text) is is_id
+def test_only_an_image_id_becomes_a_file_name(text: str, expected: bool) -> None:
+    """An id is 8-4-4-4-12 ASCII hex digits, and not one character more."""
+    assert is_image_id(text) is expected
 
 
 @pytest.mark.parametrize(
-    ("change", "outcome", "reason"),
-    [
-        ({"id": "../etc/passwd"}, "skipped", "not an image id"),
-        ({"status": "queued", "size": None}, "waiting", "status queued"),
-        ({"status": "saving"}, "waiting", "status saving"),
-        ({"status": "uploading"}, "waiting", "status uploading"),
-        ({"status": "importing"}, "waiting", "status importing"),
-        ({"status": "deactivated"}, "skipped", "status deactivated"),
-        ({"status": "killed"}, "skipped", "status killed"),
-        ({"status": "pending_delete"}, "skipped", "status pending_delete"),
-        ({"status": "deleted"}, "skipped", "status deleted"),
-        ({"status": "Active"}, "skipped", "status Active"),
-        ({"status": ""}, "skipped", "status "),
-        ({"disk_format": "vmdk"}, "skipped", "disk format vmdk"),
-        ({"disk_format": ""}, "skipped", "disk format unknown"),
-        ({"signed": True}, "skipped", "signed: Nova verifies only what it downloads"),
-        ({"size": 0}, "skipped", "empty"),
-        ({"size": None}, "skipped", "Glance gives no size"),
-    ],
+    ("age", "fresh"), [(-599, True), (0, True), (599, True), (600, False), (-600, False)]
 )
-def test_glances_word_alone_decides(change: dict[str, object], outcome: str, reason: str) -> None:
-    """What is not finished waits, what cannot be linked is skipped, each with its reason, whatever the disk holds."""
-    image = replace(IMAGE, **change)  # type: ignore[arg-type]
-    for source, entry in ((SOURCE, None), (None, None), (SOURCE, LINK)):
-        assert verdict_of(image, source, entry) == Verdict(Outcome(outcome), reason)
+def test_a_download_is_fresh_for_ten_minutes(age: int, fresh: bool) -> None:
+    """A download that has not changed for ten minutes, or is from the future, is a leftover."""
+    assert is_fresh_download(NOVAS._replace(changed=NOW - age), NOW) is fresh
+    assert not is_fresh_download(of_kind(stat.S_IFDIR), NOW)
 
 
-@pytest.mark.parametrize(
-    ("source", "entry", "outcome", "reason"),
-    [
-        (SOURCE, None, "linked", ""),
-        (SOURCE, LINK, "present", ""),
-        (SOURCE, LINK._replace(uid=0), "repaired", ""),
-        (SOURCE, LINK._replace(gid=0), "repaired", ""),
-        (SOURCE, LINK._replace(mode=stat.S_IFREG | 0o640), "repaired", ""),
-        (SOURCE, LINK._replace(mode=stat.S_IFREG | 0o4644), "repaired", ""),
-        (SOURCE, LINK._replace(mark=None), "repaired", ""),
-        (SOURCE, LINK._replace(mark=OTHER), "repaired", ""),
-        (SOURCE, LINK._replace(marked_size=None), "repaired", ""),
-        (SOURCE, LINK._replace(marked_size=999), "repaired", ""),
-        (SOURCE, LINK._replace(mark=UNMARKABLE, marked_size=None), "present", ""),
-        # With two more names the inode may be two images', and bears the mark of one.
-        (SOURCE, LINK._replace(mark=OTHER, links=4), "present", ""),
-        (SOURCE, LINK._replace(mark=None, links=4), "repaired", ""),
-        (None, None, "skipped", "no file here"),
-        (None, LINK, "skipped", "no file here"),
-        (SOURCE._replace(size=999), None, "waiting", "999 of 1000 bytes are here"),
-        (SOURCE._replace(size=0), None, "waiting", "0 of 1000 bytes are here"),
-        (SOURCE._replace(size=1001), None, "refused", "the file has 1001 bytes, Glance says 1000"),
-        (SOURCE._replace(size=1001), NOVAS, "refused", "the file has 1001 bytes, Glance says 1000"),
-        (
-            SOURCE._replace(size=1001),
-            LINK._replace(size=1001),
-            "damaged",
-            TRUNCATED.replace("999", "1001"),
-        ),
-        (
-            SOURCE._replace(mode=stat.S_IFLNK | 0o777),
-            None,
-            "refused",
-            "the file is a symbolic link",
-        ),
-        (SOURCE._replace(mode=stat.S_IFIFO | 0o644), None, "refused", "the file is a FIFO"),
-        (SOURCE._replace(mode=stat.S_IFDIR | 0o755), None, "refused", "the file is a directory"),
-        (SOURCE._replace(mode=stat.S_IFSOCK | 0o755), None, "refused", "the file is a socket"),
-        (SOURCE._replace(mode=stat.S_IFBLK | 0o600), None, "refused", "the file is a device"),
-        (SOURCE._replace(mode=stat.S_IFCHR | 0o600), None, "refused", "the file is a device"),
-        (SOURCE._replace(size=999), LINK._replace(size=999), "damaged", TRUNCATED),
-        (
-            SOURCE._replace(size=999),
-            LINK._replace(inode=12),
-            "waiting",
-            "999 of 1000 bytes are here",
-        ),
-        (SOURCE, LINK._replace(inode=12), "failed", EARLIER),
-        (SOURCE, LINK._replace(inode=12, size=7, marked_size=7), "failed", EARLIER),
-        (SOURCE, NOVAS, "occupied", "another file of the same size has the cache name"),
-        (
-            SOURCE,
-            NOVAS._replace(mark=OTHER),
-            "occupied",
-            "another file of the same size has the cache name",
-        ),
-        (
-            SOURCE,
-            NOVAS._replace(inode=11, device=2),
-            "occupied",
-            "another file of the same size has the cache name",
-        ),
-        (
-            SOURCE,
-            NOVAS._replace(size=7),
-            "occupied",
-            "another file has the cache name, and differs: 7 bytes, the image has 1000",
-        ),
-        (
-            SOURCE,
-            LINK._replace(inode=12, mode=stat.S_IFLNK | 0o777),
-            "occupied",
-            "the cache name is a symbolic link",
-        ),
-    ],
-)
-def test_the_disk_decides(
-    source: File | None, entry: File | None, outcome: str, reason: str
-) -> None:
-    """An active image is linked when its file is whole and its name is free.
+class FakeStore:
+    """Two directories whose contents a test chooses."""
 
-    A taken name is never replaced.
-    """
-    assert verdict_of(IMAGE, source, entry) == Verdict(Outcome(outcome), reason)
+    def __init__(
+        self, images: Mapping[str, int], cache: Mapping[str, File | OSError | None]
+    ) -> None:
+        self._images = images
+        self._cache = cache
+
+    def list_store(self) -> dict[str, int]:
+        """Return the inode of each image id."""
+        return dict(self._images)
+
+    def list_cache(self, limit: int) -> list[str]:
+        """Return the first names in the cache."""
+        return list(self._cache)[:limit]
+
+    def cache_file(self, name: str) -> File | None:
+        """Return what has a name in the cache."""
+        entry = self._cache.get(name)
+        if isinstance(entry, OSError):
+            raise entry
+        return entry
 
 
-@pytest.mark.parametrize(
-    ("source", "entry", "outcome"),
-    [
-        (None, None, "waiting"),
-        (SOURCE, None, "waiting"),
-        (SOURCE._replace(size=999), LINK._replace(size=999), "waiting"),
-        (SOURCE, LINK, "present"),
-    ],
-)
-def test_an_image_that_is_being_copied_into_a_store_waits(
-    source: File | None, entry: File | None, outcome: str
-) -> None:
-    """An active image that Glance still copies into a store may be partial in this one.
-
-    A link that stands is right.
-    """
-    assert verdict_of(replace(IMAGE, importing_to="here"), source, entry).outcome is Outcome(
-        outcome
-    )
+def scan_of(
+    images: Mapping[str, int],
+    cache: Mapping[str, File | OSError | None],
+    trust_links: bool = True,
+) -> Scan:
+    """Return the scan of two directories."""
+    return scan(cast(Store, FakeStore(images, cache)), POLICY, trust_links)
 
 
 @pytest.mark.parametrize(
     ("name", "entry", "settled"),
     [
-        pytest.param(NAME, LINK, True, id="as wanted"),
-        pytest.param(
-            NAME,
-            LINK._replace(mark=UNMARKABLE, marked_size=None),
-            True,
-            id="where nothing bears marks",
-        ),
+        pytest.param(NAME, LINK, True, id="as it must be"),
+        pytest.param(NAME, LINK._replace(marks=MARKS_UNSUPPORTED), True, id="no marks possible"),
         pytest.param(NAME.upper(), LINK, False, id="another name"),
         pytest.param(NAME, LINK._replace(inode=12), False, id="another inode"),
-        pytest.param(NAME, LINK._replace(uid=0), False, id="another owner"),
-        pytest.param(NAME, LINK._replace(gid=0), False, id="another group"),
-        pytest.param(NAME, LINK._replace(mode=stat.S_IFREG | 0o600), False, id="another mode"),
-        pytest.param(NAME, LINK._replace(mode=stat.S_IFLNK | 0o644), False, id="a symbolic link"),
-        pytest.param(NAME, LINK._replace(mark=None, marked_size=None), False, id="no mark"),
-        pytest.param(NAME, LINK._replace(mark=OTHER), False, id="the mark of another"),
-        pytest.param(NAME, LINK._replace(marked_size=None), False, id="no size"),
-        pytest.param(NAME, LINK._replace(size=999), False, id="another size"),
         pytest.param(
             NAME,
-            Verdict(Outcome.FAILED, "Structure needs cleaning"),
+            LINK._replace(inode=12, marks=MARKS_UNSUPPORTED),
             False,
-            id="not to be looked at",
+            id="another inode, no marks possible",
         ),
+        pytest.param(NAME, LINK._replace(owner=Owner(0, 108)), False, id="another owner"),
+        pytest.param(NAME, LINK._replace(marks=NO_MARKS), False, id="no marks"),
+        pytest.param(NAME, None, False, id="gone meanwhile"),
     ],
 )
-def test_only_a_link_that_is_right_in_all_is_settled(
-    name: str, entry: File | Verdict, settled: bool
-) -> None:
-    """Glance is not asked about an image exactly where name, inode, owner, mode, mark and size are all right."""
-    found = look(
-        {11: [ID], 13: ["lost+found"]}, [("a", LINK._replace(inode=13)), (name, entry)], OPTIONS
-    )
-    assert (found.settled, found.unsettled) == (([ID], []) if settled else ([], [ID]))
-    assert found.broken == ({name: entry} if isinstance(entry, Verdict) else {})
+def test_only_a_correct_link_is_settled(name: str, entry: File | None, settled: bool) -> None:
+    """Glance is not queried about an image whose link is correct in everything."""
+    found = scan_of({ID: 11}, {name: entry})
+    assert (list(found.settled), list(found.unsettled)) == (([ID], []) if settled else ([], [ID]))
+    assert scan_of({ID: 11}, {name: entry}, trust_links=False).unsettled == [ID]
+
+
+def test_an_entry_that_cannot_be_read_does_not_end_the_scan() -> None:
+    """What goes wrong with one base is its verdict; with a link, its image is looked at later."""
+    error = OSError(errno.EUCLEAN, "Structure needs cleaning")
+    other_link = LINK._replace(inode=12, marks=Marks(OTHER_ID, 1000))
+    cache: dict[str, File | OSError | None] = {NAME: error}
+    cache |= {OTHER_NAME: other_link, "0" * 40: error, "1" * 40: UNMARKED}
+    found = scan_of({ID: 11, OTHER_ID: 12}, cache)
+    assert (found.settled, found.unsettled) == ([OTHER_ID], [ID])
+    assert found.broken == {"0" * 40: judge_error(error, is_root=True)}
+    assert [base.name for base in found.bases] == ["1" * 40]
 
 
 def test_two_images_on_one_inode_are_both_settled() -> None:
-    """A tool that links equal files of the store leaves one inode to two images, with the mark of one of them."""
-    two = LINK._replace(links=4)
-    assert look({11: [ID, OTHER]}, [(NAME, two), (cache_name(OTHER), two)], OPTIONS).settled == [
-        ID,
-        OTHER,
-    ]
+    """A tool that deduplicates the store leaves one inode to two images, with one mark."""
+    entry = LINK._replace(links=4)
+    found = scan_of({ID: 11, OTHER_ID: 11}, {NAME: entry, OTHER_NAME: entry})
+    assert sorted(found.settled) == sorted([ID, OTHER_ID])
 
 
-def test_inodes_that_the_directory_tells_wrong_settle_nothing() -> None:
-    """Where d_ino is not st_ino each image is looked at by itself.
-
-    A link of a file in the store is never a base.
-    """
-    found = look({99: [ID]}, [(NAME, LINK), (cache_name(OTHER), NOVAS._replace(links=2))], OPTIONS)
+def test_directories_that_list_other_inodes_settle_nothing() -> None:
+    """On file systems such as overlayfs each image is looked at by itself."""
+    found = scan_of({ID: 99}, {NAME: LINK})
     assert (found.settled, found.unsettled) == ([], [ID])
-    assert [base.name for base in found.bases] == [cache_name(OTHER)]
-
-
-ORPHAN = LINK._replace(inode=12, links=1)
 
 
 @pytest.mark.parametrize(
-    ("name", "entry", "base"),
+    ("name", "entry", "bases"),
     [
-        (NAME, ORPHAN, ("orphans", NAME, ID)),
-        (NAME + ".retired", ORPHAN, ("retired", NAME, ID)),
-        (NAME, ORPHAN._replace(mark=None), ("unmarked", NAME, "")),
-        (NAME, ORPHAN._replace(mark=OTHER), ("unmarked", NAME, "")),
-        (NAME, ORPHAN._replace(mark="../" + ID), ("unmarked", NAME, "")),
-        (NAME + ".retired", ORPHAN._replace(mark=None), ("retired", NAME, "")),
-        (NAME, ORPHAN._replace(mode=stat.S_IFDIR | 0o755), None),
-        (NAME.upper(), ORPHAN, None),
-        (NAME + "_20", ORPHAN, None),
-        (NAME + ".part", ORPHAN, None),
-        (NAME[1:], ORPHAN, None),
-        ("ephemeral_1_40d1d2c", ORPHAN, None),
+        (NAME, ORPHAN, [Base(NAME, ID, False, ORPHAN)]),
+        (NAME, UNMARKED, [Base(NAME, None, False, UNMARKED)]),
+        (f"{NAME}.retired", ORPHAN, [Base(NAME, ID, True, ORPHAN)]),
+        (f"{NAME}.retired", UNMARKED, [Base(NAME, None, True, UNMARKED)]),
+        (NAME, of_kind(stat.S_IFDIR, ORPHAN), []),
+        (NAME, of_kind(stat.S_IFLNK, ORPHAN), []),
+        (NAME.upper(), ORPHAN, []),
+        (f"{NAME}_20", ORPHAN, []),
+        (f"{NAME}.part", ORPHAN, []),
+        (f"{NAME}.retired\n", ORPHAN, []),
+        (NAME[1:], ORPHAN, []),
+        ("ephemeral_1_40d1d2c", ORPHAN, []),
     ],
 )
-def test_what_no_image_stands_behind_is_a_base(
-    name: str, entry: File, base: tuple[str, str, str] | None
+def test_a_base_is_a_regular_file_with_a_cache_name_and_no_image(
+    name: str, entry: File, bases: Sequence[Base]
 ) -> None:
-    """A regular file with the name of a base is one.
-
-    Whose it is, the mark tells where it fits the name.
-    """
-    found = look({11: ["fd0cb2f1"]}, [(name, entry)], OPTIONS)
-    kinds = [kind for kind, (count, _) in held(found.bases, {}).items() if count]
-    assert [(*kinds, one.name, one.image_id) for one in found.bases] == ([base] if base else [])
-    assert found.downloads == ({name: entry} if name.endswith(".part") else {})
+    """Every regular file under a cache name, retired or not, that has no image here is a base."""
+    assert list(scan_of({OTHER_ID: 11}, {name: entry}).bases) == bases
 
 
-def test_an_earlier_image_of_an_id_is_no_base() -> None:
-    """What bears the mark of an image that is in the store is told of with that image, and is not for a clean-up."""
-    found = look({11: [ID]}, [(NAME, ORPHAN)], OPTIONS)
+@pytest.mark.parametrize("mark", [OTHER_ID, f"../{ID}", ID.upper(), ""])
+def test_a_mark_counts_only_if_it_fits_the_name(mark: str) -> None:
+    """Somebody else may have written a mark, so the cache name must prove its image id."""
+    entry = ORPHAN._replace(marks=Marks(image_id=mark))
+    assert scan_of({}, {NAME: entry}).bases[0].image_id is None
+
+
+def test_an_entry_under_the_name_of_an_image_here_is_no_base() -> None:
+    """A copy or an earlier image of an id belongs to that image's verdict, not to the bases."""
+    found = scan_of({ID: 11}, {NAME: ORPHAN})
     assert (found.unsettled, found.bases) == ([ID], [])
 
 
-def test_a_download_rests_ten_minutes() -> None:
-    """A file that Nova has not written to for longer is a leftover.
+def test_a_cache_full_of_foreign_names_is_not_read_to_its_end() -> None:
+    """The scan looks at a bounded number of bases, and still finds the link of each image."""
+    names = {f"{number:040x}": UNMARKED for number in range(MOST_BASES + 1)}
+    found = scan_of({ID: 11}, {**names, NAME: LINK})
+    assert (len(found.bases), found.has_more_bases, found.settled) == (MOST_BASES, True, [ID])
+    assert not scan_of({ID: 11}, {NAME: LINK}).has_more_bases
 
-    One from the future is no less new.
-    """
-    assert [is_downloading(NOVAS, now) for now in (-599, 0, 599, 600, -600)] == [
-        True,
-        True,
-        True,
-        False,
-        False,
+
+def test_a_list_of_names_that_was_cut_off_hides_no_link() -> None:
+    """If the cache has too many names to list all, each image's own name is looked at."""
+    names = dict.fromkeys((f"x{number}" for number in range(MOST_FOREIGN_NAMES + 1)), UNMARKED)
+    found = scan_of({ID: 11}, {**names, NAME: LINK})
+    assert (found.settled, list(found.bases), found.has_more_bases) == ([ID], [], True)
+
+
+def test_reclaimable_space_is_that_of_files_with_one_name() -> None:
+    """A base that has another name elsewhere would free nothing."""
+    bases = [
+        Base(NAME, ID, False, ORPHAN),
+        Base(NAME, None, False, UNMARKED._replace(size=5)),
+        Base(NAME, None, False, UNMARKED._replace(size=6)),
+        Base(NAME, ID, True, ORPHAN._replace(size=7)),
+        Base(NAME, ID, False, ORPHAN._replace(links=2)),
     ]
+    assert reclaimable(bases) == Reclaimable(
+        orphans=DiskUsage(count=1, bytes=1000),
+        unmarked=DiskUsage(count=2, bytes=11),
+        retired=DiskUsage(count=1, bytes=7),
+    )
 
 
-statuses = st.one_of(st.sampled_from(["active", "deactivated", "killed", *IN_FLIGHT]), st.text())
+statuses = st.one_of(st.sampled_from(["active", "deactivated", *IN_FLIGHT]), st.none(), st.text())
 sizes = st.one_of(st.none(), st.integers(0, 3), st.integers(0, 2**70))
 kinds = st.sampled_from([stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR, stat.S_IFIFO, stat.S_IFCHR])
+times = st.sampled_from([0.0, NOW - QUIET_SECONDS, NOW, NOW + 2 * QUIET_SECONDS])
 images = st.builds(
     Image,
-    id=st.one_of(st.uuids().map(str), st.text()),
-    name=st.text(),
+    id=st.one_of(st.sampled_from([ID, OTHER_ID]), st.text()),
     status=statuses,
-    disk_format=st.one_of(st.sampled_from(["raw", "qcow2", "vmdk"]), st.text()),
+    disk_format=st.one_of(st.sampled_from(["raw", "qcow2", "vmdk"]), st.none()),
+    container_format=st.sampled_from([None, "bare", "compressed"]),
     size=sizes,
-    importing_to=st.sampled_from(["", "store"]),
+    importing_to=st.sampled_from([None, "store"]),
+    signed=st.booleans(),
+)
+marks = st.one_of(
+    st.none(),
+    st.just(MARKS_UNSUPPORTED),
+    st.builds(Marks, image_id=st.sampled_from([None, ID, OTHER_ID]), size=sizes),
 )
 files = st.builds(
     File,
     device=st.integers(1, 2),
     inode=st.integers(1, 2),
-    mode=st.builds(int.__or__, kinds, st.integers(0, 0o7777)),
+    mode=st.builds(int.__or__, kinds, st.sampled_from([0o644, 0o640, 0o4644])),
     links=st.integers(1, 2),
-    uid=st.sampled_from([0, 107]),
-    gid=st.sampled_from([0, 108]),
+    owner=st.sampled_from([Owner(0, 0), POLICY.owner]),
     size=st.integers(0, 3),
-    changed=st.just(0.0),
-    mark=st.one_of(st.none(), st.just(UNMARKABLE), st.text()),
-    marked_size=st.one_of(st.none(), st.integers(0, 3)),
+    changed=times,
+    modified=times,
+    marks=marks,
+)
+facts_of_any_kind = st.builds(
+    Facts,
+    source=st.none() | files,
+    entry=st.none() | files,
+    is_downloading=st.booleans(),
+    entry_is_raw=st.booleans(),
+    mark_is_shared=st.booleans(),
 )
 
 
-@given(images, st.none() | files, st.none() | files)
-def test_only_a_whole_active_image_with_a_free_name_is_linked(
-    image: Image, source: File | None, entry: File | None
+@given(images, facts_of_any_kind)
+def test_only_a_complete_active_image_with_a_free_name_is_linked(
+    image: Image, facts: Facts
 ) -> None:
-    """For any state of cloud and disk: a link is made only when all that makes it right holds."""
-    verdict = verdict_of(image, source, entry)
-    if verdict.outcome is Outcome.LINKED:
+    """Whatever cloud and disk look like, a link or repair is decided only if all of it is right."""
+    decision = decide(image, facts, POLICY, NOW)
+    source, entry = facts.source, facts.entry
+    if decision.action is not None:
         assert image.status == "active"
         assert is_image_id(image.id)
-        assert image.disk_format in OPTIONS.disk_formats
-        assert not image.importing_to
+        assert image.disk_format in POLICY.disk_formats
+        assert image.container_format != "compressed"
+        assert not image.signed
         assert source is not None
         assert stat.S_ISREG(source.mode)
         assert source.size == image.size != 0
+    if decision.action is Action.LINK:
+        assert decision.verdict.outcome is Outcome.LINKED
         assert entry is None
-    if verdict.outcome is Outcome.REPAIRED:
+        assert not facts.is_downloading
+    if decision.action is Action.REPAIR:
+        assert decision.verdict.outcome is Outcome.REPAIRED
+        assert source is not None
         assert entry is not None
-        assert source is not None
-        assert entry.same(source)
-    if verdict.outcome not in (Outcome.LINKED, Outcome.REPAIRED, Outcome.PRESENT):
-        assert verdict.reason
+        assert entry.is_same_inode(source)
+    if decision.action is None:
+        assert decision.verdict.outcome not in (Outcome.LINKED, Outcome.REPAIRED)
+        assert decision.verdict.sentence or decision.verdict.outcome is Outcome.PRESENT
 
 
-@given(images, st.none() | files, st.none() | files)
-def test_planning_again_after_applying_finds_nothing_to_do(
-    image: Image, source: File | None, entry: File | None
-) -> None:
-    """What was linked or repaired is present in the next pass.
-
-    Every other verdict stays what it is.
-    """
-    verdict = verdict_of(image, source, entry)
-    if verdict.outcome in (Outcome.LINKED, Outcome.REPAIRED):
-        assert source is not None
-        mended = source._replace(
-            uid=107, gid=108, mode=stat.S_IFREG | 0o644, mark=image.id, marked_size=source.size
-        )
-        assert verdict_of(image, mended, mended) == Verdict(Outcome.PRESENT)
-    else:
-        assert verdict_of(image, source, entry) == verdict
+@given(images, facts_of_any_kind)
+def test_an_image_is_correct_after_its_action(image: Image, facts: Facts) -> None:
+    """An image that was linked or repaired is present in the next pass."""
+    decision = decide(image, facts, POLICY, NOW)
+    if decision.action is None or facts.source is None:
+        return
+    after = facts.source._replace(
+        owner=POLICY.owner,
+        mode=stat.S_IFREG | POLICY.mode,
+        marks=Marks(image.id, facts.source.size),
+    )
+    again = decide(image, Facts(after, after), POLICY, NOW)
+    assert again == Decision(Verdict(Outcome.PRESENT, Reason.CORRECT))
