@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from typing import Any
 from keystoneauth1.identity import v3
 from keystoneauth1.session import Session
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "ln-images-node"
+PROJECT = Path(__file__).resolve().parents[2]
+TOOL = PROJECT / "tools" / "ln-images-node"
 # What is shared with the machine outside.
 WORK = Path("/mnt/work")
 # The NFS server's root. It cannot be this machine's, because an overlay on 9p cannot be exported.
@@ -34,7 +36,8 @@ DISKS = {"ext4": SERVED, "xfs": SERVED / "xfs", "btrfs": SERVED / "btrfs"}
 GLANCE = Path("/var/lib/glance")
 STORE, CACHE, LOCKS = GLANCE / "images", GLANCE / "imagecache", GLANCE / "locks"
 INSTANCES = Path("/var/lib/nova/instances")
-BASE = INSTANCES / "_base"
+# Where a compute node mounts CACHE and LOCKS.
+BASE, NODE_LOCKS = INSTANCES / "_base", INSTANCES / "locks"
 NFSD = Path("/proc/fs/nfsd")
 NODES = ("compute-1", "compute-2")
 # How many images Glance has, each with this content.
@@ -54,9 +57,6 @@ EXPORTS = f"""
 /btrfs  10.1.0.0/16(rw,no_root_squash,no_subtree_check)
 """
 NFS_CONF = f"[exports]\nrootdir = {SERVED}\n"
-# The options of docs/production.md.
-BASE_OPTIONS = "rw,hard,noatime,lookupcache=positive"
-LOCKS_OPTIONS = "rw,hard,noatime"
 NOVA_CONF = """
 [DEFAULT]
 state_path = /var/lib/nova
@@ -110,6 +110,17 @@ def forward(port: int) -> None:
 
     listener = socket.create_server(("127.0.0.1", port))
     threading.Thread(target=accept, args=(listener,), daemon=True).start()
+
+
+def read_mount_options() -> dict[Path, str]:
+    """Return the mount options in the lines of docs/install.md for /etc/fstab, by directory."""
+    text = (PROJECT / "docs" / "install.md").read_text(encoding="utf-8")
+    # $STORAGE:/var/lib/glance/locks  /var/lib/nova/instances/locks  nfs4  rw,hard,noatime  0  0
+    lines = re.findall(r"^\$STORAGE:\S+\s+(\S+)\s+nfs4\s+(\S+)", text, re.MULTILINE)
+    return {Path(directory): options for directory, options in lines}
+
+
+MOUNT_OPTIONS = read_mount_options()
 
 
 class StorageNode:
@@ -226,12 +237,12 @@ class ComputeNode:
         self._set_up_network(number)
         self.run("hostname", self.name)
         self.run("mount", "-t", "tmpfs", "none", "/var/lib/nova")
-        for path in (BASE, LOCKS_HERE):
+        for path in (BASE, NODE_LOCKS):
             self.path(path).mkdir(parents=True)
-        for path in (INSTANCES, BASE, LOCKS_HERE):
+        for path in (INSTANCES, BASE, NODE_LOCKS):
             os.chown(self.path(path), NOVA, NOVA)
         self.mount(BASE)
-        self.mount(LOCKS_HERE)
+        self.mount(NODE_LOCKS)
         subprocess.Popen(
             [
                 *self._enter(),
@@ -275,7 +286,7 @@ class ComputeNode:
         if source is None:
             source = CACHE if target == BASE else LOCKS
         if options is None:
-            options = BASE_OPTIONS if target == BASE else LOCKS_OPTIONS
+            options = MOUNT_OPTIONS[target]
         self.run("mount", "-t", kind, "-o", options, f"{self._server}:{source}", target)
 
     @contextlib.contextmanager
@@ -333,9 +344,6 @@ class ComputeNode:
                 return True
         except FileNotFoundError:
             return False
-
-
-LOCKS_HERE = INSTANCES / "locks"
 
 
 class Reader:
@@ -430,15 +438,18 @@ def test_check_of_the_documented_set_up(lab: Lab) -> str:
 @claim
 def test_check_of_violated_options(lab: Lab) -> str:
     """ln-images-node finds each mount option that is not as the documents show, and only that."""
+    base, locks = MOUNT_OPTIONS[BASE], MOUNT_OPTIONS[NODE_LOCKS]
+    version_3 = f"vers=3,nolock,{locks}"
     cases = (
-        (BASE, "nfs4", "rw,soft,noatime,lookupcache=positive", "hard_mounts"),
-        (LOCKS_HERE, "nfs4", "rw,soft,noatime", "hard_mounts"),
-        (BASE, "nfs4", "rw,hard,noatime", "lookupcache"),
-        (BASE, "nfs4", "rw,hard,noatime,lookupcache=all", "lookupcache"),
-        (BASE, "nfs4", "ro,hard,noatime,lookupcache=positive", "nova_may_write"),
-        (LOCKS_HERE, "nfs", "vers=3,rw,hard,noatime,nolock", "lock_options"),
-        (LOCKS_HERE, "nfs", "vers=3,rw,hard,noatime,nolock,local_lock=flock", "lock_options"),
-        (LOCKS_HERE, "nfs", "vers=3,rw,hard,noatime,nolock,local_lock=posix", "lock_options"),
+        (BASE, "nfs4", base.replace("hard", "soft"), "hard_mounts"),
+        (NODE_LOCKS, "nfs4", locks.replace("hard", "soft"), "hard_mounts"),
+        (BASE, "nfs4", base.replace(",lookupcache=positive", ""), "lookupcache"),
+        (BASE, "nfs4", base.replace("lookupcache=positive", "lookupcache=all"), "lookupcache"),
+        (BASE, "nfs4", base.replace("rw", "ro"), "nova_may_write"),
+        (NODE_LOCKS, "nfs", version_3, "lock_options"),
+        (NODE_LOCKS, "nfs", f"vers=3,local_lock=all,{locks}", "lock_options"),
+        (NODE_LOCKS, "nfs", f"{version_3},local_lock=flock", "lock_options"),
+        (NODE_LOCKS, "nfs", f"{version_3},local_lock=posix", "lock_options"),
     )
     for target, kind, options, name in cases:
         with lab.first.mounted_otherwise(target, options, kind):
@@ -446,7 +457,8 @@ def test_check_of_violated_options(lab: Lab) -> str:
             ensure(wrong.keys() == {name}, f"{target.name} with {options}: {wrong}")
             ensure(str(target) in wrong[name], f"{target.name} with {options}: {wrong}")
     # What is no violation is not reported.
-    with lab.first.mounted_otherwise(BASE, "rw,hard,noatime,lookupcache=none", "nfs4"):
+    options = base.replace("lookupcache=positive", "lookupcache=none")
+    with lab.first.mounted_otherwise(BASE, options, "nfs4"):
         ensure(not list_wrong(lab.first.check()), "lookupcache=none is not wrong")
     return f"{len(cases)} options"
 
@@ -458,14 +470,14 @@ def test_locks_are_the_servers(lab: Lab) -> str:
     (LOCKS / name).touch()
     # Root of the second node is nobody on the server.
     (LOCKS / name).chmod(0o666)
-    with lab.first.path(LOCKS_HERE / name).open("r+b") as file:
+    with lab.first.path(NODE_LOCKS / name).open("r+b") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
-        other = lab.second.path(LOCKS_HERE / name)
+        other = lab.second.path(NODE_LOCKS / name)
         ensure(not can_lock(other), "the other node takes the lock as well")
-        with lab.second.mounted_otherwise(LOCKS_HERE, "vers=3,rw,hard,nolock", "nfs"):
+        with lab.second.mounted_otherwise(NODE_LOCKS, "vers=3,rw,hard,nolock", "nfs"):
             ensure(can_lock(other), "with nolock the other node sees the lock")
     # The tool tries its own last report first.
-    report = LOCKS_HERE / "ln-images" / f"{lab.second.name}.json"
+    report = NODE_LOCKS / "ln-images" / f"{lab.second.name}.json"
     with lab.first.path(report).open("r+b") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         found = find_check(lab.second.check(), "byte_range_locks")
@@ -497,7 +509,8 @@ def test_new_names_are_visible(lab: Lab) -> str:
         found = lab.first.opens(name)
         seconds.append(time.monotonic() - start)
         ensure(found, "the first look was in vain")
-    with lab.second.mounted_otherwise(BASE, "rw,hard,noatime", "nfs4"):
+    options = MOUNT_OPTIONS[BASE].replace(",lookupcache=positive", "")
+    with lab.second.mounted_otherwise(BASE, options, "nfs4"):
         image = lab.storage.new_image()
         path = lab.second.path(BASE / cache_name(image))
         ensure(not path.exists(), "the name is there too early")
@@ -518,7 +531,7 @@ def test_renamed_bases_are_read_on(lab: Lab) -> str:
         export = CACHE if name == "ext4" else Path("/", name)
         path = directory / "base"
         path.write_bytes(DATA)
-        lab.first.mount(Path("/mnt/other"), BASE_OPTIONS, source=export)
+        lab.first.mount(Path("/mnt/other"), MOUNT_OPTIONS[BASE], source=export)
         try:
             with Reader(lab.first.path(Path("/mnt/other/base"))) as reader:
                 ensure(reader.read() == DATA, f"{name}: it cannot be read")
@@ -555,10 +568,10 @@ def test_renamed_bases_survive_a_restart(lab: Lab) -> str:
 @claim
 def test_reports_under_root_squash(lab: Lab) -> str:
     """Root of a node writes its report as the owner of ``locks``, with root_squash and without."""
-    lab.first.run("touch", LOCKS_HERE / "of-root")
+    lab.first.run("touch", NODE_LOCKS / "of-root")
     ensure((LOCKS / "of-root").stat().st_uid == 0, "root of the first node is not root")
     try:
-        lab.second.run("touch", LOCKS_HERE / "of-nobody")
+        lab.second.run("touch", NODE_LOCKS / "of-nobody")
     except RuntimeError as error:
         ensure(os.strerror(errno.EACCES) in str(error), str(error))
     else:
