@@ -240,7 +240,7 @@ class Lab:
         sample, lines = self.measure(self.command, "--format", "json")
         self._lay_aside(ids)
         counts = json.loads(lines[0])["counts"]
-        if (counts["present"], counts[outcome]) != (self.size, len(ids)):
+        if (counts["present"], counts.get(outcome, 0)) != (self.size, len(ids)):
             raise RuntimeError(f"{len(ids)} images should be {outcome}: {counts}")
         return sample
 
@@ -636,7 +636,8 @@ def measure_verify(bench: Bench) -> None:
     """Measure what it costs to verify a checksum, beside sha512sum on the same file."""
     options = bench.options
     verify = find_verify_command(options.command)
-    name = Path(verify[0]).name
+    # ln-images --verify, or ln-images-verify
+    name = " ".join([Path(verify[0]).name, *verify[2:]])
     samples: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     with bench.lab(1) as lab:
         print_progress(f"one file of {options.gib:g} GiB")
