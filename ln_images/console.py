@@ -41,15 +41,20 @@ def progress(label: str, total: int) -> Any:
     return click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden)
 
 
-def print_report(pass_: Pass, status: int, common: CommonOptions, everything: bool) -> None:
+def print_report(
+    pass_: Pass, status: int, common: CommonOptions, everything: bool, preface: str = ""
+) -> None:
     """Print the report on standard output; with ``--quiet`` only JSON.
 
-    A standard output that cannot be written to takes nothing from the pass.
+    ``preface`` is text that stands above the table, if there is any. A standard output that cannot
+    be written to takes nothing from the pass.
     """
     try:
         if common.format == "json":
             click.echo(json.dumps(report.document(pass_, status, everything)))
         elif not common.quiet:
+            if preface:
+                click.echo(preface)
             _print_table(pass_, everything)
         if sys.stdout is not None:
             sys.stdout.flush()

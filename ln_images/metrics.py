@@ -175,7 +175,7 @@ def list_link_metrics(pass_: Pass, counts: Mapping[str, int]) -> list[Metric]:
         )
         for outcome in OUTCOMES[Command.LINK]
     ]
-    metrics += _list_reclaimable_metrics(pass_.reclaimable)
+    metrics += list_reclaimable_metrics(pass_.reclaimable, "reclaimable")
     metrics += [
         Metric("unknown_files", "Files in the store that Glance does not know.", len(unknown), {}),
         Metric("unknown_bytes", "What those files have, in bytes.", sum(unknown), {}),
@@ -197,18 +197,19 @@ def removed_links_metric(count: int) -> Metric:
     )
 
 
-def _list_reclaimable_metrics(reclaimable: Reclaimable) -> list[Metric]:
+def list_reclaimable_metrics(reclaimable: Reclaimable, name: str) -> list[Metric]:
+    """Return the metrics ``<name>`` and ``<name>_bytes``; each command has a name of its own."""
     metrics = []
     for kind, usage in reclaimable.by_kind().items():
         labels = {"kind": kind}
         metrics += [
             Metric(
-                "reclaimable",
+                name,
                 "Bases that belong to no image in the store, by kind.",
                 usage.count,
                 labels,
             ),
-            Metric("reclaimable_bytes", "What those bases have, in bytes.", usage.bytes, labels),
+            Metric(f"{name}_bytes", "What those bases have, in bytes.", usage.bytes, labels),
         ]
     return metrics
 

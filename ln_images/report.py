@@ -288,3 +288,14 @@ def size_text(size: int | None) -> str:
         value /= 1024
         unit += 1
     return f"{value:.1f} {_UNITS[unit]}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in its two largest units, such as ``1 d 2 h``."""
+    parts = []
+    rest = max(0, int(seconds))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, length)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"

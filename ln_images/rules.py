@@ -121,7 +121,7 @@ def is_correct(entry: File, image_ids: Collection[str], policy: LinkPolicy) -> b
     marks = entry.marks
     if marks is None or not marks.supported:
         return True
-    return marks.image_id in image_ids and marks.size == entry.size
+    return marks.image_id in image_ids and marks.size == entry.size and marks.unused_since is None
 
 
 def judge_error(error: OSError, is_root: bool) -> Verdict:

@@ -46,13 +46,13 @@ class Scan(NamedTuple):
     broken: Mapping[str, Verdict]
 
 
-def scan(store: Store, policy: LinkPolicy, trust_links: bool = True) -> Scan:
+def scan(store: Store, policy: LinkPolicy | None, trust_links: bool = True) -> Scan:
     """Scan both directories.
 
     An image is settled if its cache name is on the very inode of its file, with owner, mode and
-    marks as they must be. Without ``trust_links`` no image is settled. If the store's file system
-    lists other inodes than stat(2) returns, no image is settled either, and each is looked at by
-    itself.
+    marks as they must be. Without a policy or ``trust_links`` no image is settled. If the store's
+    file system lists other inodes than stat(2) returns, no image is settled either, and each is
+    looked at by itself.
 
     Raises LnImagesError if a directory cannot be listed.
     """
@@ -62,7 +62,7 @@ def scan(store: Store, policy: LinkPolicy, trust_links: bool = True) -> Scan:
     is_cut_off = len(names) >= limit
     ids_by_name = {cache_name(image_id): image_id for image_id in inodes}
     settled: set[str] = set()
-    if trust_links:
+    if policy is not None and trust_links:
         # A name that is not in a list that was cut off may be there all the same.
         present = ids_by_name if is_cut_off else ids_by_name.keys() & names
         settled = _find_settled(
@@ -115,7 +115,7 @@ def _look_at_bases(
         else:
             # Nova makes regular files only.
             if entry is not None and stat.S_ISREG(entry.mode):
-                bases.append(_base(name, entry))
+                bases.append(base_of(name, entry))
     return bases, broken
 
 
@@ -125,7 +125,7 @@ def _is_settled(
     return image_id in ids_of_inode and rules.is_correct(entry, ids_of_inode, policy)
 
 
-def _base(name: str, entry: File) -> Base:
+def base_of(name: str, entry: File) -> Base:
     """Return the base that a regular file with a base's name is."""
     original_name = name.removesuffix(RETIRED_SUFFIX)
     marked_id = entry.marks.image_id if entry.marks else None

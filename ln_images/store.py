@@ -226,16 +226,17 @@ class Store(contextlib.ExitStack):
         except FileNotFoundError:
             return None
 
+    def open_file(self, descriptor: int) -> File:
+        """Return what an open file is, with its marks. Raises OSError."""
+        return _file(os.fstat(descriptor), read_marks(descriptor))
+
     def facts(self, image_id: str, descriptor: int | None = None) -> Facts:
         """Return what the two directories have for an image.
 
         With ``descriptor``, the source is the open file, with its marks, whatever its name has
         become. Raises OSError.
         """
-        if descriptor is None:
-            source = self.image_file(image_id)
-        else:
-            source = _file(os.fstat(descriptor), read_marks(descriptor))
+        source = self.image_file(image_id) if descriptor is None else self.open_file(descriptor)
         name = cache_name(image_id)
         entry = self.cache_file(name)
         is_other_file = entry is not None and not (source and entry.is_same_inode(source))
@@ -301,7 +302,7 @@ class Store(contextlib.ExitStack):
         deleted the file meanwhile, LinksImpossibleError if no link at all is possible, other
         OSErrors, and AttributesNotKeptError.
         """
-        before = _file(os.fstat(descriptor), read_marks(descriptor))
+        before = self.open_file(descriptor)
         try:
             self.set_attributes(descriptor, image_id, policy)
             self._make_name(descriptor, cache_name(image_id))
@@ -366,6 +367,9 @@ class Store(contextlib.ExitStack):
             _set_mark(descriptor, IMAGE_ID_MARK, image_id)
         if marks.size != status.st_size:
             _set_mark(descriptor, SIZE_MARK, str(status.st_size))
+        if marks.unused_since is not None:
+            # It was a base without an image once. When it is one again, its time starts anew.
+            os.removexattr(descriptor, UNUSED_SINCE_MARK)
 
     def _refuse_lost_attributes(self, descriptor: int, policy: LinkPolicy) -> None:
         status = os.fstat(descriptor)

@@ -12,7 +12,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -36,7 +36,6 @@ from ln_images.model import (
     OUTCOMES,
     Checksum,
     Command,
-    ConfigurationError,
     Decision,
     Image,
     LinkPolicy,
@@ -50,7 +49,7 @@ from ln_images.model import (
 )
 from ln_images.options import CONTEXT_SETTINGS, CommonOptions, DiskFormat, common_options
 from ln_images.scan import scan
-from ln_images.store import NotRegularError, Store
+from ln_images.store import NOT_RESPONDING, NotRegularError, Store
 
 if TYPE_CHECKING:
     from ln_images.glance import Glance
@@ -104,6 +103,8 @@ def main(context: click.Context, *, common: CommonOptions, disk_formats: Sequenc
     except LnImagesError as error:
         metrics.write(error.exit_code, None, [])
         raise
+    if pass_.error is not None:
+        pass_.error.show()
     pass_status = report.exit_status(pass_)
     print_report(pass_, pass_status, common, everything=common.verbose)
     pass_status = metrics.write(pass_status, pass_.duration, list_verify_metrics(pass_))
@@ -149,12 +150,17 @@ class Verifier:
         self._bytes_read = 0
 
     def run(self) -> Pass:
-        """Run one pass. Raise LnImagesError if it is not possible; then nothing was read."""
+        """Run one pass. Raise LnImagesError if it is not possible; then nothing was read.
+
+        If the file system stops responding later, the pass has that error, and the results of the
+        images that were read before.
+        """
         started_at, start = datetime.now(UTC), time.monotonic()
         with Store(self._images_dir, self._cache_dir) as store:
             ids = sorted(store.list_store())
             images = self._glance.list_ids(ids)
-            self._refuse_other_cloud(store, ids, images)
+            if not images:
+                self._require_same_cloud(store)
             # An id that we did not ask for must not become a file name.
             present = [images[image_id] for image_id in ids if image_id in images]
             linked, results = self._select(store, present)
@@ -165,45 +171,29 @@ class Verifier:
                     len(present),
                     self._images_dir,
                 )
-            results += self._read(store, linked)
+            error = self._read(store, linked, results)
         return Pass(
             command=Command.VERIFY,
             started_at=started_at,
             duration=time.monotonic() - start,
             dry_run=False,
             results=results,
+            error=error,
             bytes_read=self._bytes_read,
         )
 
-    def _refuse_other_cloud(
-        self, store: Store, ids: Collection[str], images: Mapping[str, Image]
-    ) -> None:
-        """Raise ConfigurationError if nothing shows that store, cache and cloud belong together.
+    def _require_same_cloud(self, store: Store) -> None:
+        """Raise ConfigurationError if store, cache and cloud do not belong together.
 
         Otherwise a pass that reads nothing would look like a success.
         """
-        if images:
-            return
-        if ids:
-            raise ConfigurationError(
-                f"Glance knows none of the {len(ids)} images that have a file in"
-                f" {self._images_dir}, so nothing was read; check OS_AUTH_URL and OS_REGION_NAME"
-                " (another cloud's?), the credential's role, and --images-dir"
-            )
-        if not self._glance.has_active():
-            return
-        # Marked bases prove that the volume is mounted, as in sync.py.
-        if not any(base.image_id for base in scan(store, self._policy).bases):
-            raise ConfigurationError(
-                f"Glance has active images and none of them has a file in {self._images_dir}; mount"
-                " its volume, correct --images-dir, or, if all images are in another store, do not"
-                " run ln-images-verify here"
-            )
-        LOG.warning(
-            "Glance has active images and none of them has a file in %s: are all images in another"
-            " store now? There is nothing to read",
-            self._images_dir,
-        )
+        from ln_images.same_cloud import Answer, require_same_cloud
+
+        found = scan(store, self._policy)
+        answer = Answer(images={}, is_complete=False)
+        warning = require_same_cloud(store, found, [], answer, self._glance)
+        if warning is not None:
+            LOG.warning("%s", warning)
 
     def _select(self, store: Store, images: Iterable[Image]) -> tuple[list[Image], list[Result]]:
         """Return the images to read, and the results of those that need not be read.
@@ -216,7 +206,7 @@ class Verifier:
             try:
                 decision = _decide(image, store, self._policy)
             except Exception as error:
-                results.append(_result(image, _judge_exception(error)))
+                results.append(_result(image, _judge_exception(error, store)))
                 continue
             if _is_linked(decision) and is_usable(image.checksum):
                 linked.append(image)
@@ -226,9 +216,13 @@ class Verifier:
                 results.append(_result(image, verdict))
         return linked, results
 
-    def _read(self, store: Store, images: Collection[Image]) -> list[Result]:
-        """Read images, and return what became of each."""
-        results: list[Result] = []
+    def _read(
+        self, store: Store, images: Collection[Image], results: list[Result]
+    ) -> LnImagesError | None:
+        """Read images, and add what became of each to ``results``.
+
+        Return the error that ended this early, or None.
+        """
         with self._progress("Verifying", sum(image.size or 0 for image in images)) as bar:
 
             def count(size: int) -> None:
@@ -237,11 +231,17 @@ class Verifier:
 
             for image in images:
                 try:
-                    verdict = verify_image(image, store, self._glance, self._policy, count)
-                except Exception as error:
-                    verdict = _judge_exception(error)
+                    verdict = self._verify(image, store, count)
+                except LnImagesError as error:
+                    return error
                 results.append(_result(image, verdict))
-        return results
+        return None
+
+    def _verify(self, image: Image, store: Store, count: Callable[[int], object]) -> Verdict:
+        try:
+            return verify_image(image, store, self._glance, self._policy, count)
+        except Exception as error:
+            return _judge_exception(error, store)
 
 
 def verify_image(
@@ -362,10 +362,13 @@ def _changed() -> Verdict:
     )
 
 
-def _judge_exception(error: Exception) -> Verdict:
-    if isinstance(error, OSError):
-        return rules.judge_error(error, is_root=os.geteuid() == 0)
-    return judge_bug(error)
+def _judge_exception(error: Exception, store: Store) -> Verdict:
+    """Return the verdict for one file. Raise TemporaryError if the whole file system is dead."""
+    if not isinstance(error, OSError):
+        return judge_bug(error)
+    if error.errno in NOT_RESPONDING:
+        store.refuse_dead_file_system()
+    return rules.judge_error(error, is_root=os.geteuid() == 0)
 
 
 def _result(image: Image, verdict: Verdict) -> Result:
@@ -443,12 +446,9 @@ class _ContentReader:
         return size
 
     def close(self) -> None:
-        """Close the file once the thread has read its last block; do not wait for that.
-
-        A file system that does not respond must not delay an interrupt.
-        """
-        self._thread.submit(lambda: os.close(self._file))
-        self._thread.shutdown(wait=False)
+        """Let the thread finish its block, and close the file."""
+        self._thread.shutdown()
+        os.close(self._file)
 
     def _read_block(self) -> memoryview:
         """Return the next block, which is empty at the end of the file."""

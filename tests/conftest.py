@@ -77,6 +77,9 @@ def front(node: Node, identity: Adapter) -> Iterator[Front]:
 
 @pytest.fixture
 def nova(identity: Adapter) -> Iterator[Compute]:
-    """Put a compute service into the real catalog."""
-    with Compute(max_limit=3) as serving, in_catalog(identity, (REGION, "public", serving.url)):
+    """Put a compute service with two hosts into the real catalog."""
+    with (
+        Compute("compute-1", "compute-2") as serving,
+        in_catalog(identity, (REGION, "public", serving.url)),
+    ):
         yield serving

@@ -571,6 +571,17 @@ def test_a_link_in_a_directory_of_others_does_not_hide_it(tmp_path: Path) -> Non
         Store(str(tmp_path / "images"), str(tmp_path / "above" / "parent" / "cache"))
 
 
+@needs_root
+def test_a_link_of_roots_into_a_directory_of_others_is_refused(tmp_path: Path) -> None:
+    """A path through root's own symbolic link is checked where it leads to, as well."""
+    with lay_out(tmp_path, SAFE_LAYOUTS["Kolla, outside Glance's tree"]):
+        pass
+    os.chown(tmp_path / "above", NOVA, NOVA)
+    (tmp_path / "link").symlink_to(tmp_path / "above" / "parent")
+    with pytest.raises(ConfigurationError, match="not only root can replace it"):
+        Store(str(tmp_path / "images"), str(tmp_path / "link" / "cache"))
+
+
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_a_cache_that_is_a_symbolic_link_is_refused(directories: Directories, slash: str) -> None:
     """A cache directory that is a symbolic link is refused, and the message names its target."""
@@ -953,6 +964,22 @@ def test_an_image_that_nova_is_downloading_waits(directories: Directories, suffi
     """A fresh regular file beside the cache name keeps the image waiting."""
     (directories.cache / (directories.link.name + suffix)).touch()
     assert directories.link_image() == (Outcome.WAITING, Reason.NOVA_IS_DOWNLOADING)
+
+
+@needs_root
+@pytest.mark.parametrize("ctime", ["20010101000000", "20370101000000"])
+def test_a_download_that_was_left_behind_keeps_no_image_waiting(tmp_path: Path, ctime: str) -> None:
+    """A download that last changed years ago, or years ahead by a wrong clock, is a leftover."""
+    with formatted(tmp_path, "mkfs.ext4", "-q", "-I", "256", mebibytes=16) as volume:
+        directories = Directories(volume)
+        download = directories.link.with_suffix(".part")
+        download.touch()
+        run_tool("umount", volume)
+        # No system call sets a ctime.
+        request = f"set_inode_field /{download.relative_to(volume)} ctime {ctime}"
+        run_tool("debugfs", "-w", "-R", request, tmp_path / "device")
+        run_tool("mount", "-o", "loop", tmp_path / "device", volume)
+        assert directories.link_image() == LINKED
 
 
 # A refused file is inspected once.

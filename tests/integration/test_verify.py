@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import threading
@@ -22,8 +23,9 @@ from ln_images.session import connect
 from ln_images.verify import Verifier, VerifyOptions
 from support.cloud import wait_until
 from support.corpus import MIB
-from support.faulty import Answer, Front
-from support.node import UNCOVERED, Node, executable
+from support.faulty import Answer, Front, Variables
+from support.mounts import fuse
+from support.node import UNCOVERED, Node, executable, needs_root
 
 # Two blocks of reading and a part, without holes.
 CONTENT = random.Random(14).randbytes(8 * MIB + 12345)  # noqa: S311
@@ -94,8 +96,12 @@ def verify(node: Node, *during: Callable[[], object], **variables: str | None) -
 
         yield SimpleNamespace(update=update)
 
-    options = VerifyOptions(images_dir=str(node.images), cache_dir=str(node.cache))
-    connection = connect(node.environment(**variables), 30, None)
+    environment = node.environment(**variables)
+    options = VerifyOptions(
+        images_dir=environment["LN_IMAGES_IMAGES_DIR"],
+        cache_dir=environment["LN_IMAGES_CACHE_DIR"],
+    )
+    connection = connect(environment, 30, None)
     pass_ = Verifier(options, Glance(connection, "admin"), progress).run()
     assert not waiting
     return pass_
@@ -313,6 +319,32 @@ def test_a_file_that_cannot_be_opened_is_a_failure(node: Node) -> None:
     ]
 
 
+@needs_root
+def test_a_file_system_that_dies_is_a_temporary_error(node: Node, tmp_path: Path) -> None:
+    """If the file system dies during a pass, its error is temporary, and earlier results stay."""
+    images = {name: node.cloud.image(name, CONTENT) for name in ("whole", "short")}
+    for directory in ("images", "cache"):
+        (tmp_path / "real" / directory).mkdir(parents=True)
+    for image_id in images.values():
+        shutil.copy(node.images / image_id, tmp_path / "real" / "images")
+    variables: Variables = {
+        "LN_IMAGES_IMAGES_DIR": str(tmp_path / "bound" / "images"),
+        "LN_IMAGES_CACHE_DIR": str(tmp_path / "bound" / "cache"),
+    }
+    with fuse(tmp_path / "bound", "bindfs", "-f", tmp_path / "real") as process:
+        assert node.run("-q", command=Command.LINK, **variables).returncode == 0
+        os.truncate(tmp_path / "bound" / "images" / images["short"], MIDDLE)
+
+        def kill() -> None:
+            process.kill()
+            process.wait()
+
+        pass_ = verify(node, kill, **variables)
+    assert pass_.error is not None
+    assert pass_.error.exit_code == 75
+    assert [result.id for result in pass_.results] == [images["short"]]
+
+
 def test_another_clouds_images_are_a_configuration_error(node: Node) -> None:
     """If Glance knows none of the files that are here, the command ends with status 2."""
     image = node.cloud.image("image", CONTENT)
@@ -343,7 +375,7 @@ def test_a_store_that_is_not_mounted_is_a_configuration_error(node: Node, tmp_pa
     assert node.is_linked(image)
     run = node.run(command=Command.VERIFY, LN_IMAGES_IMAGES_DIR=str(empty))
     assert run.returncode == 0
-    assert "There is nothing to read" in run.stderr
+    assert "are all images in another store now?" in run.stderr
 
 
 def test_a_pass_without_any_link_warns(node: Node) -> None:

@@ -1,7 +1,7 @@
-"""A real Keystone and a real Glance on loopback, with SQLite and the filesystem store, in one directory.
+"""A real Keystone and a real Glance on loopback, with SQLite, in one directory.
 
-The servers run from a virtual environment of their own (``make`` builds it in ``.cloud``), so that the
-command under test is imported and timed without them.
+The servers run from a virtual environment of their own (``make`` builds it in ``.cloud``), so that
+the command under test is imported and timed without them.
 """
 
 import contextlib
@@ -85,9 +85,9 @@ service_type = image
 
 
 class Cloud:
-    """A running cloud; use it as a context manager.
+    """A cloud that runs as long as its context.
 
-    ``directory`` must be on the file system where the images shall lie; ``images`` is Glance's
+    ``directory`` must be on the file system where the images are to be. ``images`` is Glance's
     store.
     """
 
@@ -124,7 +124,7 @@ class Cloud:
     def environment(
         self, user: str = "admin", project: str = "admin", password: str = PASSWORD
     ) -> dict[str, str]:
-        """The ``OS_*`` variables of an openrc for ``user`` in ``project``."""
+        """Return the ``OS_*`` variables of an openrc for ``user`` in ``project``."""
         return {
             "OS_AUTH_URL": f"{self.keystone}/v3",
             "OS_USERNAME": user,
@@ -138,7 +138,7 @@ class Cloud:
     def as_user(
         self, user: str = "admin", project: str = "admin", password: str = PASSWORD
     ) -> session.Session:
-        """A keystoneauth1 session of ``user`` in ``project``."""
+        """Return a keystoneauth1 session of ``user`` in ``project``."""
         return session.Session(
             session=self._http,
             auth=v3.Password(
@@ -152,17 +152,17 @@ class Cloud:
         )
 
     def identity(self, who: session.Session | None = None) -> adapter.Adapter:
-        """Keystone's API as the administrator, or as ``who``."""
+        """Return Keystone's API as the administrator, or as ``who``."""
         return adapter.Adapter(who or self.admin, endpoint_override=f"{self.keystone}/v3")
 
     def image_api(self, who: session.Session | None = None) -> adapter.Adapter:
-        """Glance's API as the administrator, or as ``who``."""
+        """Return Glance's API as the administrator, or as ``who``."""
         return adapter.Adapter(who or self.admin, endpoint_override=f"{self.glance}/v2")
 
     def add_user(
         self, name: str, project: str, role: str, password: str = PASSWORD
     ) -> session.Session:
-        """Makes a project and a user with one role in it, and returns the user's session."""
+        """Make a project and a user with one role in it, and return the user's session."""
         identity = self.identity()
         made = identity.post(
             "/projects", json={"project": {"name": project, "domain_id": "default"}}
@@ -177,7 +177,7 @@ class Cloud:
         return self.as_user(name, project, password)
 
     def application_credential(self, user: session.Session, **limits: Any) -> dict[str, str]:
-        """Makes an application credential of ``user``, and returns its ``OS_*`` variables."""
+        """Make an application credential of ``user``, and return its ``OS_*`` variables."""
         document = {"application_credential": {"name": str(uuid.uuid4())} | limits}
         made = (
             self.identity(user)
@@ -192,12 +192,12 @@ class Cloud:
         }
 
     def create(self, name: str, who: session.Session | None = None, **properties: Any) -> str:
-        """Makes a queued image and returns its id. Raw and bare unless told otherwise."""
+        """Make a queued image, by default raw and bare, and return its id."""
         document = {"name": name, "disk_format": "raw", "container_format": "bare"} | properties
         return str(self.image_api(who).post("/images", json=document).json()["id"])
 
     def upload(self, image_id: str, data: bytes, who: session.Session | None = None) -> None:
-        """Uploads the whole content of a queued image, which makes it active."""
+        """Upload the whole content of a queued image, which makes it active."""
         self.image_api(who).put(
             f"/images/{image_id}/file",
             data=data,
@@ -207,17 +207,17 @@ class Cloud:
     def image(
         self, name: str, data: bytes, who: session.Session | None = None, **properties: Any
     ) -> str:
-        """Makes an active image and returns its id."""
+        """Make an active image and return its id."""
         image_id = self.create(name, who, **properties)
         self.upload(image_id, data, who)
         return image_id
 
     def delete(self, image_id: str) -> None:
-        """Deletes an image, and with it Glance's name of its file."""
+        """Delete an image, and with it Glance's name of its file."""
         self.image_api().delete(f"/images/{image_id}")
 
     def slow_upload(self, image_id: str, first: bytes, path: str = "file") -> "Upload":
-        """Starts an upload and sends only ``first``: the image is ``saving`` until it is finished.
+        """Start an upload and send only ``first``: the image is ``saving`` until it is finished.
 
         Uploads reach the disk in steps of 65,536 bytes, so ``first`` should be longer than that.
         With ``path="stage"`` the image is ``uploading`` instead.
@@ -225,22 +225,22 @@ class Cloud:
         return Upload(self, image_id, first, path)
 
     def status(self, image_id: str) -> str:
-        """Glance's word for the state of an image."""
+        """Return the status of an image."""
         return str(self.image_api().get(f"/images/{image_id}").json()["status"])
 
     def database(self) -> contextlib.closing[sqlite3.Connection]:
-        """Glance's own database, for the states that no API call reaches. Commits by itself."""
+        """Open Glance's own database, for states that no API call reaches. It commits by itself."""
         return contextlib.closing(
             sqlite3.connect(self.directory / "glance.sqlite", timeout=30, isolation_level=None)
         )
 
     def set_status(self, image_id: str, status: str) -> None:
-        """Puts an image into a state that no API call leaves it in."""
+        """Put an image into a state in which no API call leaves it."""
         with self.database() as database:
             database.execute("UPDATE images SET status = ? WHERE id = ?", (status, image_id))
 
     def add_many(self, count: int, size: int = 4096) -> list[str]:
-        """Makes ``count`` active raw images at once, as rows and sparse files.
+        """Make ``count`` active raw images at once, as rows and sparse files.
 
         The API would take minutes.
         """
@@ -248,16 +248,20 @@ class Cloud:
         # With microseconds, as Glance writes them: it pages by comparing them as text.
         now = time.strftime("%Y-%m-%d %H:%M:%S.000000")
         image = ("active", "raw", "bare", size, 0, 0, 0, 0, "private", "0" * 32, now, now, 0)
-        columns = "status, disk_format, container_format, size, min_disk, min_ram, protected, deleted, visibility"
+        columns = (
+            "status, disk_format, container_format, size, min_disk, min_ram, protected, deleted,"
+            " visibility, owner, created_at, updated_at, os_hidden"
+        )
         with self.database() as database:
             database.execute("BEGIN")
             database.executemany(
-                f"INSERT INTO images (id, name, {columns}, owner, created_at, updated_at, os_hidden)"  # noqa: S608
+                f"INSERT INTO images (id, name, {columns})"  # noqa: S608
                 f" VALUES (?, ?{', ?' * len(image)})",
                 ((image_id, f"image-{number}", *image) for number, image_id in enumerate(ids)),
             )
             database.executemany(
-                "INSERT INTO image_locations (image_id, value, deleted, status, meta_data, created_at, updated_at)"
+                "INSERT INTO image_locations"
+                " (image_id, value, deleted, status, meta_data, created_at, updated_at)"
                 " VALUES (?, ?, 0, 'active', '{\"store\": \"file\"}', ?, ?)",
                 ((image_id, f"file://{self.images}/{image_id}", now, now) for image_id in ids),
             )
@@ -268,7 +272,7 @@ class Cloud:
         return ids
 
     def clear(self) -> None:
-        """Forgets every image, and removes every file of the store, at once."""
+        """Remove every image and every file of the store at once."""
         with self.database() as database:
             for table in (
                 "image_members",
@@ -282,7 +286,7 @@ class Cloud:
         self.images.mkdir(mode=0o700)
 
     def stop(self) -> None:
-        """Ends every server that was started and waits until it is gone. May be called twice."""
+        """End every server and wait until it is gone. May be called twice."""
         for process in self._processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
@@ -329,10 +333,7 @@ class Cloud:
         (self.directory / "glance-api.conf").write_text(GLANCE_CONF.format(**values))
 
     def set_up(self) -> None:
-        """Makes the databases and the keys of a cloud, and nothing else.
-
-        It does not run, and is to be copied.
-        """
+        """Make the databases and the keys of a cloud that is to be copied, and start nothing."""
         self._configure()
         for name in ("fernet", "credential"):
             (self.directory / name).mkdir(mode=0o700)
@@ -387,8 +388,8 @@ class Cloud:
         listener = self._sockets[name]
         self._spawn(
             *("python", "-m", "gunicorn", "--bind", f"fd://{listener.fileno()}"),
-            # A connection that is closed just when it is used again is reset: after two seconds,
-            # that happened.
+            # A connection that is closed just when it is used again is reset. With gunicorn's two
+            # seconds that happened.
             *(
                 "--worker-class",
                 "gthread",
@@ -415,7 +416,7 @@ class Cloud:
     def _spawn(
         self, program: str, *arguments: str, log: str = "setup.log", listener: int | None = None
     ) -> subprocess.Popen[bytes]:
-        """Starts a program of the servers' environment in a process group of its own."""
+        """Start a program of the servers' environment in a process group of its own."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("OS_")}
         environment |= {
             "OS_KEYSTONE_CONFIG_FILES": f"{self.directory}/keystone.conf",
@@ -454,12 +455,10 @@ class Cloud:
 
 
 def _set_up_once() -> Path:
-    """A cloud that was set up and has never run, beside the servers.
+    """Return the directory of a cloud that was set up and has never run.
 
-    To copy it takes no time, to make it 15 s.
-
-    It is made anew where the servers' versions or what is said to them have changed. Of several
-    processes that want it one makes it, and the others wait.
+    To make it takes 15 s, and to copy it takes no time. It is made anew if the servers' versions or
+    their configuration have changed. One process makes it, and others wait.
     """
     made_of = (
         Path(__file__).read_bytes()
@@ -480,7 +479,7 @@ def _set_up_once() -> Path:
 
 
 class Upload:
-    """An upload that has begun and waits for its end."""
+    """An upload that has begun."""
 
     def __init__(self, cloud: Cloud, image_id: str, first: bytes, path: str) -> None:
         self._cloud, self._image_id = cloud, image_id
@@ -497,7 +496,7 @@ class Upload:
         self._connection.send(b"%x\r\n%s\r\n" % (len(data), data))
 
     def finish(self, rest: bytes = b"") -> None:
-        """Sends the rest and waits for Glance's answer."""
+        """Send the rest and wait for Glance's answer."""
         if rest:
             self._send(rest)
         self._connection.send(b"0\r\n\r\n")
@@ -509,7 +508,7 @@ class Upload:
 
 
 def wait_until(condition: Any, what: str, seconds: float = 120.0) -> None:
-    """Polls until ``condition()`` is true, or fails with ``what`` was waited for."""
+    """Wait until ``condition()`` is true. Raises TimeoutError, which names ``what``."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

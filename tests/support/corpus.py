@@ -26,16 +26,19 @@ KERNEL = (
     b"MZ".ljust(496, b"\xff") + bytes.fromhex("ff27010020820d000000ffff000055aa") + b"\xeb\x6aHdrS"
 )
 
-TEXT_VMDK = b'# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n%s\nRW 2 FLAT "/etc/passwd" 0\n'
+TEXT_VMDK = (
+    b"# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n%s\n"
+    b'RW 2 FLAT "/etc/passwd" 0\n'
+)
 
 
 def mbr(*entries: bytes) -> bytes:
-    """The first sector of a disk, with a partition table of ``entries``."""
+    """Return the first sector of a disk, with a partition table of ``entries``."""
     return bytes(446) + b"".join(entries).ljust(64, b"\0") + SIGNATURE
 
 
 def data(content: bytes = b"", size: int | None = None) -> Make:
-    """``content``, and then a hole up to ``size``."""
+    """Return a maker of ``content``, followed by a hole up to ``size``."""
 
     def make(path: Path) -> None:
         path.write_bytes(content)
@@ -46,7 +49,7 @@ def data(content: bytes = b"", size: int | None = None) -> Make:
 
 
 def qemu(disk_format: str, *arguments: str, size: str = "1M") -> Make:
-    """What ``qemu-img create`` makes."""
+    """Return a maker of what ``qemu-img create`` makes."""
 
     def make(path: Path) -> None:
         # In a directory of its own, since some formats leave more than one file.
@@ -69,7 +72,7 @@ def qemu(disk_format: str, *arguments: str, size: str = "1M") -> Make:
 
 
 def patched(make: Make, *patches: dict[int, bytes], size: int | None = None) -> Make:
-    """The file of another maker with bytes put over it at offsets, cut or stretched to ``size``."""
+    """Return a maker of another's file with bytes put over it, cut or stretched to ``size``."""
 
     def make_it(path: Path) -> None:
         make(path)
@@ -90,14 +93,13 @@ BACKED = qemu("qcow2", "-F", "raw", "-b", "/etc/passwd")
 DATA_FILE = qemu("qcow2", "-o", "data_file=data")
 # Its feature bit is the third of the incompatible ones.
 NAMES_DATA_FILE = patched(DATA_FILE, {72: bytes(8)})
-# LUKS, which qemu-img needs a second of computing for, and no more of it than its magic and
-# version.
+# The magic and the version of LUKS: qemu-img would compute for a second to make a whole header.
 LUKS = data(b"LUKS\xba\xbe\x00\x01", MIB)
 VMDK_WITH_FOOTER = patched(
     qemu("vmdk", "-o", "subformat=streamOptimized"), {56: b"\xff" * 8}, size=8 * MIB
 )
 VHDX_FAR_AWAY = patched(qemu("vhdx"), {0x30000 + 16 + entry: b"\xff" * 6 for entry in (16, 48)})
-# Four that QEMU takes for what they are, and the library's inspectors for raw.
+# QEMU recognises each of these, and the library takes them for raw.
 SHORT_QCOW2 = patched(
     qemu("qcow2", "-F", "raw", "-b", "/etc/passwd", "-o", "cluster_size=512"), size=400
 )

@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from support.cloud import wait_until
 
@@ -46,8 +49,11 @@ def formatted(place: Path, *mkfs: str, mebibytes: int = 320) -> Iterator[Path]:
 def fuse(directory: Path, *command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a FUSE file system in the foreground, and return its process once it is mounted.
 
-    ``command`` gets ``directory`` as its last argument. The process may be killed meanwhile.
+    ``command`` gets ``directory`` as its last argument. The process may be killed meanwhile. The
+    test is skipped if the program is not installed.
     """
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
     directory.mkdir(exist_ok=True)
     process = subprocess.Popen([*command, directory], stdout=subprocess.DEVNULL)
     try:

@@ -365,6 +365,9 @@ def test_a_table_that_fits_the_terminal_is_not_changed() -> None:
     assert whole.splitlines()[1] == f"{NAME}  {ID}  active  3.0 GiB  refused  {SENTENCE}"
     assert report.table([refused()], width) == whole
     assert report.table([refused()], width - 1) != whole
+    # An accent that is drawn over its letter takes no column of its own.
+    accented = NAME.replace("m", "m\u0301")
+    assert ID in report.table([refused(accented)], width)
 
 
 def columns_of(table: str) -> list[list[str]]:

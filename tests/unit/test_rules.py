@@ -612,6 +612,12 @@ def scan_of(
         pytest.param(NAME, LINK._replace(marks=MARKS_UNSUPPORTED), True, id="no marks possible"),
         pytest.param(NAME.upper(), LINK, False, id="another name"),
         pytest.param(NAME, LINK._replace(inode=12), False, id="another inode"),
+        pytest.param(
+            NAME,
+            LINK._replace(inode=12, marks=MARKS_UNSUPPORTED),
+            False,
+            id="another inode, no marks possible",
+        ),
         pytest.param(NAME, LINK._replace(owner=Owner(0, 108)), False, id="another owner"),
         pytest.param(NAME, LINK._replace(marks=NO_MARKS), False, id="no marks"),
         pytest.param(NAME, None, False, id="gone meanwhile"),
@@ -628,7 +634,8 @@ def test_an_entry_that_cannot_be_read_does_not_end_the_scan() -> None:
     """What goes wrong with one base is its verdict; with a link, its image is looked at later."""
     error = OSError(errno.EUCLEAN, "Structure needs cleaning")
     other_link = LINK._replace(inode=12, marks=Marks(OTHER_ID, 1000))
-    cache = {NAME: error, OTHER_NAME: other_link, "0" * 40: error, "1" * 40: UNMARKED}
+    cache: dict[str, File | OSError | None] = {NAME: error}
+    cache |= {OTHER_NAME: other_link, "0" * 40: error, "1" * 40: UNMARKED}
     found = scan_of({ID: 11, OTHER_ID: 12}, cache)
     assert (found.settled, found.unsettled) == ([OTHER_ID], [ID])
     assert found.broken == {"0" * 40: judge_error(error, is_root=True)}

@@ -52,6 +52,8 @@ DATABASES = ("placement", "nova_api", "nova_cell0", "nova")
 
 # Whether Nova makes its own copy of a qcow2 image raw, which is its default.
 AS_THEY_ARE, CONVERTED = "force_raw_images = False", "force_raw_images = True"
+# What the documents say about Nova's cache manager.
+KEEP_BASES = "remove_unused_base_images = False"
 
 AUTH = """
 auth_url = {keystone}/v3
@@ -386,7 +388,8 @@ class Rig:
         return self.nodes[0]
 
     def add_node(self, **settings: str) -> Node:
-        """Starts one more compute node."""
+        """Start one more compute node, with the settings that the documents demand, and others."""
+        settings = {"DEFAULT": AS_THEY_ARE, "image_cache": KEEP_BASES, **settings}
         self.nodes.append(Node(self, len(self.nodes) + 1, **settings))
         return self.nodes[-1]
 
@@ -614,8 +617,7 @@ class Rig:
         self.cloud.__enter__()
         self._register()
         self._start_nova()
-        # As the guide says.
-        self.add_node(DEFAULT=AS_THEY_ARE)
+        self.add_node()
 
     def _users_and_files(self) -> None:
         STATE.mkdir(exist_ok=True)

@@ -58,9 +58,7 @@ def clean_cloud(rig: Rig) -> Iterator[None]:
     """Leaves no server, no image, nothing in the cache, and every cache manager at rest."""
     yield
     for node in rig.nodes:
-        # What Nova does to a qcow2 image is said by each test that it matters to.
-        if "image_cache" in node.settings or not node.running:
-            node.runs_with()
+        node.runs_with()
     found = [
         server["id"]
         for asked in ({"all_tenants": "1"}, {"all_tenants": "1", "status": "SOFT_DELETED"})

@@ -192,7 +192,7 @@ def test_prune_keeps_what_a_disk_needs(
 @pytest.fixture
 def second(rig: Rig) -> Iterator[Node]:
     """Add a second compute node for one test."""
-    node = rig.add_node(DEFAULT="force_raw_images = False")
+    node = rig.add_node()
     yield node
     rig.remove_node(node)
 
