@@ -103,7 +103,6 @@ def show_job(cloud: Cloud) -> None:
     upload.finish(b"\3" * MIB)
     print("\nThe upload is finished. The next pass:")
     run(cloud, "ln-images", *directories, "--owner", owner)
-    run(cloud, "ls", "-li", "--time-style=+", "imagecache")
 
 
 def run(cloud: Cloud, *command: str) -> None:
