@@ -87,8 +87,15 @@ class Reports(NamedTuple):
         return sorted(
             host
             for host, report in self.readable.items()
-            if base_name in report.bases or report.recent.get(base_name, since) > since
+            if base_name in report.bases
+            or (base_name in report.recent and report.recent[base_name] > since)
         )
+
+    def names(self) -> set[str]:
+        """Return the names of all bases that a report names."""
+        return {
+            name for report in self.readable.values() for name in (*report.bases, *report.recent)
+        }
 
 
 class _UnreadableError(Exception):
