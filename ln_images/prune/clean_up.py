@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -88,7 +88,7 @@ def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], begun: float) 
         # Glance's answer is never older than the scan.
         reports = read_reports(options.reports_dir)
         found = scan(store, policy=None)
-        bases = [*found.bases, *_find_named(store, found, reports)]
+        bases = [*found.bases, *_find_unscanned(store, found, reports)]
         now = time.time()
         fresh = [each for each in reports.readable.values() if is_fresh(each, policy, now)]
         missing = _find_missing(store, fresh)
@@ -160,7 +160,7 @@ def decide_on_base(base: Base, store: Store, evidence: Evidence, policy: Policy)
 
 
 def _act_on_all(
-    decisions: Iterable[tuple[Base, Decision]],
+    decisions: Sequence[tuple[Base, Decision]],
     store: Store,
     evidence: Evidence,
     options: CleanUpOptions,
@@ -172,7 +172,9 @@ def _act_on_all(
     """
     verdicts = []
     lock_error: AnotherRunError | None = None
-    for base, decision in sorted(decisions, key=_needs_fresh_evidence):
+    giving = [pair for pair in decisions if pair[1].action not in NEEDS_FRESH_EVIDENCE]
+    taking = [pair for pair in decisions if pair[1].action in NEEDS_FRESH_EVIDENCE]
+    for base, decision in [*giving, *taking]:
         verdict = decision.verdict
         must_act = decision.action is not None and not options.dry_run
         if must_act and lock_error is None:
@@ -184,10 +186,6 @@ def _act_on_all(
             verdict = Verdict(Outcome.KEPT, Reason.BLOCKED, lock_error.message)
         verdicts.append((base, verdict))
     return verdicts, lock_error
-
-
-def _needs_fresh_evidence(base_and_decision: tuple[Base, Decision]) -> bool:
-    return base_and_decision[1].action in NEEDS_FRESH_EVIDENCE
 
 
 def _act(
@@ -209,7 +207,7 @@ def _act(
         return verdict
 
 
-def _find_named(store: Store, found: Scan, reports: Reports) -> list[Base]:
+def _find_unscanned(store: Store, found: Scan, reports: Reports) -> list[Base]:
     """Return the retired bases that a report names and that the scan did not reach.
 
     A node can create more names in the cache than the scan looks at.

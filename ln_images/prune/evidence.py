@@ -7,7 +7,7 @@ is restored even if neither Nova nor Glance can be queried.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ln_images.glance import Glance
@@ -41,19 +41,20 @@ class Cloud(NamedTuple):
 class Evidence:
     """All that was gathered.
 
-    ``begun`` is when that began (:func:`boot_time`). ``cloud`` is None if it could not be queried.
-    ``image_statuses`` has the images that Glance lists (:func:`index_statuses`).
-    ``reports_begun`` says for each compute host when its report was begun. ``blockers`` are why no
-    base may go. ``errors`` are why a part is missing or not to be trusted: they block as well.
+    ``begun`` is when that began (:func:`boot_time`). ``cloud`` is None if it could not be queried,
+    or is another one. ``image_statuses`` has the images that Glance lists (:func:`index_statuses`).
+    ``reports_begun`` says for each compute host when its report was begun, in seconds since the
+    epoch. ``blockers`` are why no base may go. ``errors`` are why a part is missing: they block as
+    well. ``warning`` is what somebody should look at all the same.
     """
 
     begun: float
     reports: Reports
-    cloud: Cloud | None
-    image_statuses: Mapping[str, str]
-    reports_begun: Mapping[str, float]
-    blockers: Sequence[str]
-    errors: list[LnImagesError]
+    cloud: Cloud | None = None
+    image_statuses: Mapping[str, str] = field(default_factory=dict)
+    reports_begun: Mapping[str, float] = field(default_factory=dict)
+    blockers: Sequence[str] = ()
+    errors: list[LnImagesError] = field(default_factory=list)
     warning: str | None = None
 
     @property
@@ -120,15 +121,7 @@ def gather(
 
     The directories and the reports were read before. Whatever goes wrong is in ``errors``.
     """
-    evidence = Evidence(
-        begun=begun,
-        reports=reports,
-        cloud=None,
-        image_statuses={},
-        reports_begun={},
-        blockers=[],
-        errors=[],
-    )
+    evidence = Evidence(begun=begun, reports=reports)
     if reports.error is not None:
         evidence.errors.append(reports.error)
     for host in sorted(policy.ignored_hosts & reports.hosts):

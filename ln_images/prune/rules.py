@@ -90,16 +90,16 @@ class Facts(NamedTuple):
     @property
     def has_two_names(self) -> bool:
         """Whether a retired base has its name as well."""
-        return self.base.retired and self._has_same_namesake()
+        return (
+            self.base.retired
+            and self.namesake is not None
+            and self.namesake.is_same_inode(self.base.file)
+        )
 
     @property
     def is_name_taken(self) -> bool:
         """Whether another file has the name of a retired base."""
-        is_alone = self.namesake is None or self._has_same_namesake()
-        return self.base.retired and not is_alone
-
-    def _has_same_namesake(self) -> bool:
-        return self.namesake is not None and self.namesake.is_same_inode(self.base.file)
+        return self.base.retired and self.namesake is not None and not self.has_two_names
 
 
 def decide(facts: Facts, policy: Policy, now: float) -> Decision:
@@ -109,7 +109,7 @@ def decide(facts: Facts, policy: Policy, now: float) -> Decision:
     """
     base = facts.base
 
-    # A run ended between its link and its unlink. The base has its name, so we end that step.
+    # A run that was to rename it ended between link and unlink. We unlink the retired name.
     if facts.has_two_names:
         sentence = "it had both names, because a run ended between two steps"
         return Decision(Verdict(Outcome.RESTORED, Reason.TWO_NAMES, sentence), Action.RESTORE)
@@ -119,7 +119,7 @@ def decide(facts: Facts, policy: Policy, now: float) -> Decision:
         sentence = f"in use: reported by {short_list(facts.users)}"
         return _decide_on_needed(facts, Reason.IN_USE, sentence)
 
-    # 2. Glance has the image. If another file has the name, that is the base of the image now.
+    # 2. Glance has the image. If another file has the name, that one is the base of the image.
     if facts.image_status is not None and not facts.is_name_taken:
         sentence = f"Glance has its image: status {facts.image_status}"
         return _decide_on_needed(facts, Reason.IMAGE_EXISTS, sentence)
@@ -134,7 +134,7 @@ def decide(facts: Facts, policy: Policy, now: float) -> Decision:
     if unused_since is None:
         return _kept(Reason.FIRST_SEEN_UNUSED, "nobody uses it as of now", Action.SET_MARK)
 
-    # 5. The mark is too young.
+    # 5. The mark is too young, or wrong.
     if unused_since > now:
         return _kept(
             Reason.FIRST_SEEN_UNUSED,
