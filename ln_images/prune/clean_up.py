@@ -74,8 +74,8 @@ class CleanUp(NamedTuple):
     is_blocked: bool
 
 
-def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], begun: float) -> CleanUp:
-    """Run one pass, which began at ``begun`` (:func:`boot_time`).
+def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], start: float) -> CleanUp:
+    """Run one pass, which started at ``start`` (:func:`boot_time`).
 
     ``query`` queries the cloud. If it raises LnImagesError, that is the error of the pass, and the
     bases that reports name are restored nevertheless. Raises LnImagesError if the directories
@@ -84,13 +84,17 @@ def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], begun: float) 
     started_at = datetime.now(UTC)
     policy = options.policy
     with Store(options.images_dir, options.cache_dir) as store:
-        # In this order, the cache has already had what the reports name when it is scanned, and
-        # Glance's answer is never older than the scan.
+        # Reports, scan, Glance, in this order: what the reports name was in the cache before the
+        # scan, and the scan is never newer than Glance's answer.
         reports = read_reports(options.reports_dir)
         found = scan(store, policy=None)
         bases = [*found.bases, *_find_unscanned(store, found, reports)]
         now = time.time()
-        fresh = [each for each in reports.readable.values() if is_fresh(each, policy, now)]
+        fresh = [
+            node_report
+            for node_report in reports.readable.values()
+            if is_fresh(node_report, policy, now)
+        ]
         missing = _find_missing(store, fresh)
         evidence = gather(
             store=store,
@@ -98,7 +102,7 @@ def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], begun: float) 
             reports=reports,
             query=query,
             policy=policy,
-            begun=begun,
+            start=start,
             now=now,
         )
         decisions = [(base, decide_on_base(base, store, evidence, policy)) for base in bases]
@@ -117,7 +121,7 @@ def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], begun: float) 
     pass_ = Pass(
         command=Command.PRUNE,
         started_at=started_at,
-        duration=boot_time() - begun,
+        duration=boot_time() - start,
         dry_run=options.dry_run,
         results=results,
         reclaimable=reclaimable(_list_left(verdicts)),
@@ -172,9 +176,7 @@ def _act_on_all(
     """
     verdicts = []
     lock_error: AnotherRunError | None = None
-    giving = [pair for pair in decisions if pair[1].action not in NEEDS_FRESH_EVIDENCE]
-    taking = [pair for pair in decisions if pair[1].action in NEEDS_FRESH_EVIDENCE]
-    for base, decision in [*giving, *taking]:
+    for base, decision in sorted(decisions, key=_takes):
         verdict = decision.verdict
         must_act = decision.action is not None and not options.dry_run
         if must_act and lock_error is None:
@@ -186,6 +188,12 @@ def _act_on_all(
             verdict = Verdict(Outcome.KEPT, Reason.BLOCKED, lock_error.message)
         verdicts.append((base, verdict))
     return verdicts, lock_error
+
+
+def _takes(base_and_decision: tuple[Base, Decision]) -> bool:
+    """Return whether a decision may take a base from somebody. False sorts before True."""
+    _, decision = base_and_decision
+    return decision.action in NEEDS_FRESH_EVIDENCE
 
 
 def _act(
@@ -228,7 +236,7 @@ def _find_unscanned(store: Store, found: Scan, reports: Reports) -> list[Base]:
 
 def _find_missing(store: Store, reports: Sequence[Report]) -> list[str]:
     """Return the names of the bases that are in use by these reports and not in the cache."""
-    in_use = {name for each in reports for name in each.bases}
+    in_use = {name for node_report in reports for name in node_report.bases}
     return sorted(name for name in in_use if not _is_there(store, name))
 
 
@@ -246,9 +254,11 @@ def _is_there(store: Store, name: str) -> bool:
 
 def _lost(name: str, reports: Sequence[Report]) -> Result:
     """Return the result for a base that disks use by these reports and that is missing."""
-    users = [each for each in reports if name in each.bases]
-    servers = {lost.server for each in users for lost in each.lost if lost.base == name}
-    sentence = f"{short_list([each.host for each in users])} uses it"
+    users = [node_report for node_report in reports if name in node_report.bases]
+    servers = {
+        lost.server for node_report in users for lost in node_report.lost if lost.base == name
+    }
+    sentence = f"{short_list([node_report.host for node_report in users])} uses it"
     if servers:
         sentence += f" for server {short_list(list(servers))}"
     verdict = Verdict(

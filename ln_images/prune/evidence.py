@@ -41,14 +41,15 @@ class Cloud(NamedTuple):
 class Evidence:
     """All that was gathered.
 
-    ``begun`` is when that began (:func:`boot_time`). ``cloud`` is None if it could not be queried,
-    or is another one. ``image_statuses`` has the images that Glance lists (:func:`index_statuses`).
+    ``start`` is when that began (:func:`boot_time`). ``cloud`` is None if it could not be queried,
+    or is another one. ``image_statuses`` has the status of each image that Glance lists, by the
+    names that its base can have and by its id in lower case.
     ``reports_begun`` says for each compute host when its report was begun, in seconds since the
     epoch. ``blockers`` are why no base may go. ``errors`` are why a part is missing: they block as
     well. ``warning`` is what somebody should look at all the same.
     """
 
-    begun: float
+    start: float
     reports: Reports
     cloud: Cloud | None = None
     image_statuses: Mapping[str, str] = field(default_factory=dict)
@@ -72,11 +73,11 @@ class Evidence:
 
     def is_too_old(self) -> bool:
         """Return whether so much time has passed that somebody may need a base by now."""
-        return boot_time() - self.begun > MOST_AGE
+        return boot_time() - self.start > MOST_AGE
 
     def has_time_to_query(self) -> bool:
         """Return whether there is time to query Glance about one more image."""
-        return boot_time() - self.begun < _QUERY_SECONDS
+        return boot_time() - self.start < _QUERY_SECONDS
 
     def image_status(self, base: Base) -> str | None:
         """Return the status of a base's image, or None if Glance does not list it."""
@@ -114,14 +115,14 @@ def gather(
     reports: Reports,
     query: Callable[[], Cloud],
     policy: Policy,
-    begun: float,
+    start: float,
     now: float,
 ) -> Evidence:
     """Query the cloud, and return all evidence. ``now`` is in seconds since the epoch.
 
     The directories and the reports were read before. Whatever goes wrong is in ``errors``.
     """
-    evidence = Evidence(begun=begun, reports=reports)
+    evidence = Evidence(start=start, reports=reports)
     if reports.error is not None:
         evidence.errors.append(reports.error)
     for host in sorted(policy.ignored_hosts & reports.hosts):
@@ -139,7 +140,7 @@ def gather(
         evidence.errors.append(error)
         return evidence
     evidence.cloud = cloud
-    evidence.image_statuses = index_statuses(cloud.images.values())
+    evidence.image_statuses = _index_statuses(cloud.images.values())
     evidence.blockers = list_blockers(cloud.hosts, reports, policy, now)
     evidence.reports_begun = {
         host.name: reports.readable[host.name].begun
@@ -149,7 +150,7 @@ def gather(
     return evidence
 
 
-def index_statuses(images: Iterable[Image]) -> dict[str, str]:
+def _index_statuses(images: Iterable[Image]) -> dict[str, str]:
     """Return the status of each image by its id in lower case, and by the names of its base.
 
     MySQL compares ids without regard to case, and so do Nova and Glance there. The name of a base

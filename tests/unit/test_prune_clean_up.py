@@ -167,6 +167,15 @@ def test_another_clouds_images_prove_nothing(
         assert outcomes(result) == {idle.name: "blocked"}
 
 
+def test_a_store_that_has_moved_away_is_a_warning(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Marked bases prove that the volume is mounted, so the clean-up goes on."""
+    make_base(place / "cache", ID)
+    assert run(place, images=[OTHER]).pass_.error is None
+    assert "are all images in another store now?" in caplog.text
+
+
 def test_the_most_severe_error_is_that_of_the_pass(place: Path) -> None:
     """Status 2 goes before 75."""
     options = CleanUpOptions(

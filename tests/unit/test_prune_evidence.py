@@ -271,7 +271,7 @@ def evidence(tmp_path: Path, cloud: Cloud | Exception, policy: Policy = POLICY) 
             reports=reports,
             query=query,
             policy=policy,
-            begun=boot_time(),
+            start=boot_time(),
             now=time.time(),
         )
 
