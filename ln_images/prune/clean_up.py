@@ -30,16 +30,15 @@ from ln_images.model import (
 )
 from ln_images.prune.bases import carry_out, other_name
 from ln_images.prune.evidence import Cloud, Evidence, boot_time, gather
+from ln_images.prune.lost import find_missing, is_there
 from ln_images.prune.nodes import Node, list_nodes, node_document
-from ln_images.prune.reports import Report, Reports, read_reports
+from ln_images.prune.reports import Reports, read_reports
 from ln_images.prune.rules import (
     NEEDS_FRESH_EVIDENCE,
     Decision,
     Facts,
     Policy,
     decide,
-    is_fresh,
-    short_list,
 )
 from ln_images.rules import judge_error
 from ln_images.scan import MOST_BASES, RETIRED_SUFFIX, Scan, base_of, reclaimable, scan
@@ -90,12 +89,7 @@ def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], start: float) 
         found = scan(store, policy=None)
         bases = [*found.bases, *_find_unscanned(store, found, reports)]
         now = time.time()
-        fresh = [
-            node_report
-            for node_report in reports.readable.values()
-            if is_fresh(node_report, policy, now)
-        ]
-        missing = _find_missing(store, fresh)
+        missing = find_missing(store, reports, policy, now)
         evidence = gather(
             store=store,
             found=found,
@@ -107,7 +101,8 @@ def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], start: float) 
         )
         decisions = [(base, decide_on_base(base, store, evidence, policy)) for base in bases]
         verdicts, lock_error = _act_on_all(decisions, store, evidence, options)
-        lost = [_lost(name, fresh) for name in missing if not _is_there(store, name)]
+        # A base is lost only if a second look does not find it either.
+        lost = [result for result in missing if not is_there(store, result.cache_name)]
 
     results = [_result(base, verdict) for base, verdict in verdicts]
     results += [Result(cache_name=name, verdict=verdict) for name, verdict in found.broken.items()]
@@ -232,42 +227,6 @@ def _find_unscanned(store: Store, found: Scan, reports: Reports) -> list[Base]:
         if file is not None and stat.S_ISREG(file.mode):
             bases.append(base_of(name + RETIRED_SUFFIX, file))
     return bases
-
-
-def _find_missing(store: Store, reports: Sequence[Report]) -> list[str]:
-    """Return the names of the bases that are in use by these reports and not in the cache."""
-    in_use = {name for node_report in reports for name in node_report.bases}
-    return sorted(name for name in in_use if not _is_there(store, name))
-
-
-def _is_there(store: Store, name: str) -> bool:
-    """Return whether a base has its name, or is at least retired.
-
-    What cannot be looked at counts as there: it is not known to be missing.
-    """
-    try:
-        files = [store.cache_file(name), store.cache_file(name + RETIRED_SUFFIX)]
-    except OSError:
-        return True
-    return any(file is not None and stat.S_ISREG(file.mode) for file in files)
-
-
-def _lost(name: str, reports: Sequence[Report]) -> Result:
-    """Return the result for a base that disks use by these reports and that is missing."""
-    users = [node_report for node_report in reports if name in node_report.bases]
-    servers = {
-        lost.server for node_report in users for lost in node_report.lost if lost.base == name
-    }
-    sentence = f"{short_list([node_report.host for node_report in users])} uses it"
-    if servers:
-        sentence += f" for server {short_list(list(servers))}"
-    verdict = Verdict(
-        Outcome.LOST,
-        Reason.BASE_IS_MISSING,
-        f"{sentence}, and it is not in the cache; do not stop or restart servers there; follow"
-        " docs/recovery.md",
-    )
-    return Result(cache_name=name, verdict=verdict)
 
 
 def _list_left(verdicts: Sequence[tuple[Base, Verdict]]) -> list[Base]:
