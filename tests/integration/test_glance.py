@@ -263,8 +263,9 @@ def test_a_single_refusal_does_not_end_a_service(
     finished = run(node, region, "--every", "0.3", "--for", "8", secrets=glance.secrets)
     assert answers == []
     assert node.is_linked(later[0]), finished.stderr
-    assert finished.stderr.count(f"Glance refuses the credentials (HTTP {status})") == 1
-    assert finished.returncode == 2
+    error = f"ln-images: Glance refuses the credentials (HTTP {status})"
+    assert finished.stderr.count(error) == 1
+    assert finished.returncode == TemporaryError.exit_code
 
 
 # Limits, without a run of the command
