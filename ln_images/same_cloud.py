@@ -51,7 +51,7 @@ def require_same_cloud(
         return None
     raise ConfigurationError(
         f"Glance knows none of the {len(with_file)} images that have a file in"
-        f" {store.images_dir}; nothing was touched; check OS_AUTH_URL and OS_REGION_NAME (another"
+        f" {store.images_dir}; check OS_AUTH_URL and OS_REGION_NAME (another"
         " cloud's?), the credential's role, and --images-dir"
     )
 

@@ -56,8 +56,11 @@ def _list_endpoints(
             f" {len(regions)}; set OS_REGION_NAME"
         )
     for region in region_names or regions:
-        is_overridden = override is not None and region == (connection.region or region)
-        url = override if is_overridden else _find_endpoint(connection, region)
+        is_own_region = not connection.region or connection.region == region
+        if override is not None and is_own_region:
+            url: str | None = override
+        else:
+            url = _find_endpoint(connection, region)
         if url is None:
             raise ConfigurationError(
                 f"Nova in region {region} has no endpoint on the interface in use; correct the"

@@ -362,7 +362,7 @@ class OtherService(Trouble):
 class OtherCloud(Trouble):
     """The store is another cloud's."""
 
-    message = "Glance knows none of the 1 images that have a file in X; nothing was touched"
+    message = "Glance knows none of the 1 images that have a file in X"
 
     def provoke(self) -> str:
         """Use a store with an image that this cloud does not have."""
