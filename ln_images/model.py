@@ -279,6 +279,22 @@ class File(NamedTuple):
         return (self.device, self.inode) == (other.device, other.inode)
 
 
+class Facts(NamedTuple):
+    """What the two directories have for one image.
+
+    ``source`` is its file in the store, ``entry`` what has its cache name; None if there is none.
+    ``is_downloading`` says that Nova is downloading the image. ``entry_is_raw`` says that the entry
+    is a regular file without the magic of qcow2. ``mark_is_shared`` says that the entry's mark
+    names another image whose file is the same inode.
+    """
+
+    source: File | None
+    entry: File | None
+    is_downloading: bool = False
+    entry_is_raw: bool = False
+    mark_is_shared: bool = False
+
+
 class Base(NamedTuple):
     """A file in the cache that is no link of an image in the store.
 

@@ -21,6 +21,7 @@ from ln_images.model import (
     IN_FLIGHT,
     Action,
     Decision,
+    Facts,
     File,
     Image,
     LinkPolicy,
@@ -29,7 +30,6 @@ from ln_images.model import (
     Verdict,
     is_image_id,
 )
-from ln_images.store import Facts
 
 # A file that has not changed for this long, in seconds, is not being written any more.
 QUIET_SECONDS = 3600

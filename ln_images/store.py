@@ -19,13 +19,13 @@ import struct
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from ln_images.model import (
     MARKS_UNSUPPORTED,
     NO_MARKS,
     AnotherRunError,
     ConfigurationError,
+    Facts,
     File,
     LinkPolicy,
     Marks,
@@ -65,22 +65,6 @@ NOT_RESPONDING = frozenset(
 _FSGETXATTR = 0x801C581F
 _PROJINHERIT = 0x200
 _FSXATTR = struct.Struct("=5I8x")
-
-
-class Facts(NamedTuple):
-    """What the two directories have for one image.
-
-    ``source`` is its file in the store, ``entry`` what has its cache name; None if there is none.
-    ``is_downloading`` says that Nova is downloading the image. ``entry_is_raw`` says that the entry
-    is a regular file without the magic of qcow2. ``mark_is_shared`` says that the entry's mark
-    names another image whose file is the same inode.
-    """
-
-    source: File | None
-    entry: File | None
-    is_downloading: bool = False
-    entry_is_raw: bool = False
-    mark_is_shared: bool = False
 
 
 class NotRegularError(OSError):

@@ -19,6 +19,7 @@ from ln_images.model import (
     Base,
     Decision,
     DiskUsage,
+    Facts,
     File,
     Image,
     LinkPolicy,
@@ -33,7 +34,7 @@ from ln_images.model import (
 )
 from ln_images.rules import QUIET_SECONDS, decide, is_correct, judge_error, judge_image
 from ln_images.scan import MOST_BASES, MOST_FOREIGN_NAMES, Scan, reclaimable, scan
-from ln_images.store import Facts, Store, is_fresh_download
+from ln_images.store import Store, is_fresh_download
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER_ID = "a0000000-0000-4000-8000-000000000000"
