@@ -260,8 +260,8 @@ class File(NamedTuple):
     """What one name in a directory stands for. Symbolic links are not followed.
 
     ``mode`` is the whole ``st_mode``, which includes the type. ``size`` is in bytes. ``changed``
-    (ctime) and ``modified`` (mtime) are in seconds since the epoch. A file in the store is looked
-    at without its marks: they are None.
+    (ctime) and ``modified`` (mtime) are in seconds since the epoch. ``marks`` is None if they were
+    not read: a file in the store has them only once it is open.
     """
 
     mode: int
@@ -284,8 +284,8 @@ class Facts(NamedTuple):
 
     ``source`` is its file in the store, ``entry`` what has its cache name; None if there is none.
     ``is_downloading`` says that Nova is downloading the image. ``entry_is_raw`` says that the entry
-    is a regular file without the magic of qcow2. ``mark_is_shared`` says that the entry's mark
-    names another image whose file is the same inode.
+    is another regular file than the source, without the magic of qcow2. ``mark_is_shared`` says
+    that the entry's mark names another image whose file is the same inode.
     """
 
     source: File | None
