@@ -524,7 +524,8 @@ def _file(status: os.stat_result, marks: Marks | None) -> File:
         owner=Owner(status.st_uid, status.st_gid),
         size=status.st_size,
         changed=status.st_ctime,
-        modified=status.st_mtime,
+        # After truncate(2), ceph-fuse 16.2 leaves an mtime of 0.
+        modified=status.st_mtime or status.st_ctime,
         marks=marks,
     )
 

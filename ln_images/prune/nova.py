@@ -10,7 +10,7 @@ from keystoneauth1.exceptions import NotAcceptable
 from ln_images.model import ConfigurationError, TemporaryError
 from ln_images.session import Connection
 
-# From this microversion on, Nova lists the services of a cell that is down, as UNKNOWN (Nova 19.0.0,
+# From this microversion on, Nova lists the services of a cell that is down as UNKNOWN (Nova 19.0.0,
 # "Handling a down cell").
 _MICROVERSION = "2.69"
 

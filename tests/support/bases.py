@@ -1,4 +1,4 @@
-"""Bases as ln-images, Nova and deleted images leave them, and reports as ln-images-node writes them."""
+"""Bases as ln-images, Nova and deleted images leave them, and reports of compute nodes."""
 
 import json
 import os

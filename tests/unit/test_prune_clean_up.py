@@ -1,4 +1,4 @@
-"""One pass of the clean-up on real files: what it does when the evidence is late, or is not whole."""
+"""One pass of the clean-up on real files, with evidence that is late or incomplete."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reports of compute nodes are hostile until they are checked; what Nova and Glance say is joined."""
+"""Reports of compute nodes are hostile until checked; Nova and Glance add their evidence."""
 
 import json
 import os
