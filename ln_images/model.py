@@ -374,7 +374,7 @@ class Result:
 class Pass:
     """What one pass of a command found and did. ``duration`` is in seconds.
 
-    ``settled`` are the ids of images whose links the disk alone shows to be correct: Glance was not
+    ``present`` are the ids of images whose links the disk alone shows to be correct: Glance was not
     queried about them. ``error`` says why the pass could not do all of its work. ``partial`` says
     that the pass was over some images only. ``lock_seconds`` is how long it held the lock.
     ``bytes_read`` is how much image content it read; None if its command reads none.
@@ -385,7 +385,7 @@ class Pass:
     duration: float
     dry_run: bool
     results: Sequence[Result]
-    settled: Sequence[str] = ()
+    present: Sequence[str] = ()
     reclaimable: Reclaimable = field(default_factory=Reclaimable)
     directory_owner: Owner | None = None
     error: "LnImagesError | None" = None

@@ -109,7 +109,7 @@ class Output:
             self._outcomes |= outcomes
         else:
             self._last_full = pass_
-            self._outcomes = dict.fromkeys(pass_.settled, Outcome.PRESENT) | outcomes
+            self._outcomes = dict.fromkeys(pass_.present, Outcome.PRESENT) | outcomes
         if self._last_full is None:
             return status
         if not FAULTS.isdisjoint(self._outcomes.values()):

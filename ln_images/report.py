@@ -79,12 +79,12 @@ def list_results(pass_: Pass, everything: bool) -> list[Result]:
     if not everything:
         return [result for result in pass_.results if not _is_expected(result.verdict)]
     # Glance was not queried about these, so the id is all that is known.
-    present = Verdict(Outcome.PRESENT, Reason.CORRECT)
-    settled = [
-        Result(cache_name=cache_name(image_id), verdict=present, id=image_id)
-        for image_id in pass_.settled
+    verdict = Verdict(Outcome.PRESENT, Reason.CORRECT)
+    present = [
+        Result(cache_name=cache_name(image_id), verdict=verdict, id=image_id)
+        for image_id in pass_.present
     ]
-    return [*pass_.results, *settled]
+    return [*pass_.results, *present]
 
 
 def _is_expected(verdict: Verdict) -> bool:
@@ -95,7 +95,7 @@ def _is_expected(verdict: Verdict) -> bool:
 def counts(pass_: Pass) -> Counter[Outcome]:
     """Return how many images had which outcome."""
     counter = Counter(result.verdict.outcome for result in pass_.results)
-    counter[Outcome.PRESENT] += len(pass_.settled)
+    counter[Outcome.PRESENT] += len(pass_.present)
     return counter
 
 

@@ -237,7 +237,7 @@ class _PassLog:
                 removed,
             )
 
-    def log_cache(self, pass_: Pass, found: Scan) -> None:
+    def log_cache(self, pass_: Pass, on_disk: Scan) -> None:
         """Log what is to be known of the cache directory itself."""
         cache_dir, owner = self._options.cache_dir, pass_.directory_owner
         if owner is not None:
@@ -245,10 +245,10 @@ class _PassLog:
                 f"{cache_dir} belongs to {owner.uid}:{owner.gid}; Nova must be able to write there"
             )
         foreign_names = None
-        if found.has_more_bases:
+        if on_disk.has_more_bases:
             foreign_names = (
                 f"{cache_dir} has so many names that belong to no image in the store that only"
-                f" {len(found.bases)} of its bases are counted; find out what creates them"
+                f" {len(on_disk.bases)} of its bases are counted; find out what creates them"
             )
         self._foreign_names.log(foreign_names)
 
@@ -276,34 +276,34 @@ class Sync:
         """
         options, timer = self._options, _Timer()
         with self._locked_store(timer) as store:
-            found = scan(store, options.policy, trust_links=not options.query_all)
-            files = self._read_files(store, found.unsettled)
+            on_disk = scan(store, None if options.query_all else options.policy)
+            files = self._read_files(store, on_disk.to_check)
             recalled = self._verdicts.recall(files)
-            answer = self._query(found, recalled)
-            warning = require_same_cloud(store, found, recalled, answer, self._glance)
-            settled = _list_settled(found, answer)
-            results = self._link_images(store, answer.images, settled)
+            answer = self._query(on_disk, recalled)
+            warning = require_same_cloud(store, on_disk, recalled, answer, self._glance)
+            present = _list_present(on_disk, answer)
+            results = self._link_images(store, answer.images, present)
             results += _list_recalled(answer, recalled)
-            results += _list_unknown(store, found, answer, recalled)
-            results += _list_broken(found)
+            results += _list_unknown(store, on_disk, answer, recalled)
+            results += _list_broken(on_disk)
             owner = store.directory_owner()
         if options.repeats:
             self._verdicts.remember(files, results)
-        self._reclaimable = reclaimable(found.bases)
+        self._reclaimable = reclaimable(on_disk.bases)
         pass_ = Pass(
             command=Command.LINK,
             started_at=timer.started_at,
             duration=timer.duration(),
             dry_run=options.dry_run,
             results=results,
-            settled=settled,
+            present=present,
             reclaimable=self._reclaimable,
             directory_owner=owner,
             lock_seconds=timer.lock_seconds,
         )
         self._log.store_warning.log(warning)
         self._log.log_results(results, partial=False)
-        self._log.log_cache(pass_, found)
+        self._log.log_cache(pass_, on_disk)
         return pass_
 
     def partial_pass(self, ids: Collection[str]) -> Pass:
@@ -315,7 +315,7 @@ class Sync:
         timer = _Timer()
         with self._locked_store(timer) as store:
             images = self._glance.list_ids(sorted(ids))
-            results = self._link_images(store, images, settled=())
+            results = self._link_images(store, images, present=())
         self._log.log_results(results, partial=True)
         return Pass(
             command=Command.LINK,
@@ -357,9 +357,9 @@ class Sync:
                     files[image_id] = file
         return files
 
-    def _query(self, found: Scan, recalled: Collection[str]) -> Answer:
+    def _query(self, on_disk: Scan, recalled: Collection[str]) -> Answer:
         """Query Glance about every image, or only about those that the scan leaves open."""
-        ids = [image_id for image_id in found.unsettled if image_id not in recalled]
+        ids = [image_id for image_id in on_disk.to_check if image_id not in recalled]
         warning = None
         if self._options.query_all or len(ids) > _MOST_IDS:
             try:
@@ -376,15 +376,15 @@ class Sync:
         return Answer(images, is_complete=False)
 
     def _link_images(
-        self, store: Store, images: Mapping[str, Image], settled: Collection[str]
+        self, store: Store, images: Mapping[str, Image], present: Collection[str]
     ) -> list[Result]:
         """Link what needs a link among ``images``, and return what became of each."""
         options = self._options
         results: list[Result] = []
-        done = frozenset(settled)
-        unsettled = [image for image_id, image in images.items() if image_id not in done]
-        with self._progress("Linking", len(unsettled)) as bar:
-            for image in unsettled:
+        done = frozenset(present)
+        to_check = [image for image_id, image in images.items() if image_id not in done]
+        with self._progress("Linking", len(to_check)) as bar:
+            for image in to_check:
                 try:
                     verdict = link_image(image, store, options.policy, options.dry_run)
                 except LnImagesError:
@@ -396,11 +396,11 @@ class Sync:
         return results
 
 
-def _list_settled(found: Scan, answer: Answer) -> Sequence[str]:
+def _list_present(on_disk: Scan, answer: Answer) -> Sequence[str]:
     """Return the images whose links are correct, without those that Glance has forgotten."""
     if not answer.is_complete:
-        return found.settled
-    return [image_id for image_id in found.settled if image_id in answer.images]
+        return on_disk.present
+    return [image_id for image_id in on_disk.present if image_id in answer.images]
 
 
 def _list_recalled(answer: Answer, recalled: Mapping[str, Result]) -> Sequence[Result]:
@@ -414,26 +414,26 @@ def _list_recalled(answer: Answer, recalled: Mapping[str, Result]) -> Sequence[R
 
 
 def _list_unknown(
-    store: Store, found: Scan, answer: Answer, recalled: Collection[str]
+    store: Store, on_disk: Scan, answer: Answer, recalled: Collection[str]
 ) -> Sequence[Result]:
     """Return the results for the files in the store that Glance does not know.
 
-    A complete answer covers the files that were not queried about as well: those that are settled
-    or recalled.
+    A complete answer covers the files that were not queried about as well: those whose link is
+    correct, and those that were recalled.
     """
     if answer.is_complete:
-        covered = {*found.settled, *found.unsettled}
+        covered = on_disk.ids_in_store
     else:
-        covered = set(found.unsettled).difference(recalled)
+        covered = set(on_disk.to_check).difference(recalled)
     results = [
         _judge_unknown(image_id, store) for image_id in sorted(covered - answer.images.keys())
     ]
     return [result for result in results if result is not None]
 
 
-def _list_broken(found: Scan) -> Sequence[Result]:
+def _list_broken(on_disk: Scan) -> Sequence[Result]:
     """Return the results for the entries of the cache that the scan could not read."""
-    return [Result(cache_name=name, verdict=verdict) for name, verdict in found.broken.items()]
+    return [Result(cache_name=name, verdict=verdict) for name, verdict in on_disk.broken.items()]
 
 
 def _judge_unknown(image_id: str, store: Store) -> Result | None:

@@ -95,7 +95,7 @@ def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], clock: Clock) 
             query=query,
             policy=options.policy,
             bases=bases,
-            ids_in_store=found.unsettled,
+            ids_in_store=found.ids_in_store,
             now=now,
         )
         decisions, evidence = _decide_all(store, bases, evidence, options.policy)
