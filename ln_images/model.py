@@ -375,9 +375,10 @@ class Pass:
     """What one pass of a command found and did. ``duration`` is in seconds.
 
     ``present`` are the ids of images whose links the disk alone shows to be correct: Glance was not
-    queried about them. ``error`` says why the pass could not do all of its work. ``partial`` says
-    that the pass was over some images only. ``lock_seconds`` is how long it held the lock.
-    ``bytes_read`` is how much image content it read; None if its command reads none.
+    queried about them. ``directory_owner`` owns the cache directory. ``error`` says why the pass
+    could not do all of its work. ``partial`` says that the pass was over some images only.
+    ``lock_seconds`` is how long it held the lock. ``bytes_read`` is how much image content it read;
+    None if its command reads none. ``extra`` has the JSON report's fields of one command alone.
     """
 
     command: Command

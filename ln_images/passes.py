@@ -39,7 +39,7 @@ def run(
 ) -> int:
     """Run one pass, or with ``every`` one after another, and return the exit status.
 
-    ``status`` is what the exit status is at least.
+    The exit status is never less severe than ``status``.
     """
     output = Output(common, options, status)
     try:
