@@ -24,8 +24,14 @@ LOG = logging.getLogger(__name__)
 PAGE_SIZE = 1000
 # About 2 KB of a request line, for which every server and proxy has room.
 IDS_PER_REQUEST = 50
+# After so many pages of one size we query pages of twice that size.
+_PAGES_BEFORE_GROWTH = 4
 # A tenant can create any number of queued images. So many of them are enough for a report.
 MOST_IN_FLIGHT = 1000
+# The longest text and the largest size that Glance's database has (glance.db.sqlalchemy.models:
+# String(255) and BigInteger). What is longer did not come from Glance.
+_LONGEST_TEXT = 255
+_LARGEST_SIZE = 2**63 - 1
 # Nova verifies an image only if it has this property (nova.image.glance, cursive.signature_utils).
 _SIGNATURE = "img_signature"
 
@@ -73,11 +79,18 @@ class Glance:
         images: dict[str, Image] = {}
         for start in range(0, len(ids), IDS_PER_REQUEST):
             group = ids[start : start + IDS_PER_REQUEST]
-            images |= self._list(id=f"in:{','.join(group)}")
+            images |= self._list_group(group)
             hidden = [image_id for image_id in group if image_id not in images]
             if hidden:
-                images |= self._list(id=f"in:{','.join(hidden)}", os_hidden="true")
+                images |= self._list_group(hidden, os_hidden="true")
         return images
+
+    def _list_group(self, ids: Sequence[str], **filters: str) -> dict[str, Image]:
+        """Return those images among at most ``IDS_PER_REQUEST`` ids that match ``filters``.
+
+        They fit on the first page even if a listing has each of them twice.
+        """
+        return self._list(page_size=2 * len(ids) + 1, id=f"in:{','.join(ids)}", **filters)
 
     def has_active(self) -> bool:
         """Return whether the credential can see an active image that has data."""
@@ -99,14 +112,17 @@ class Glance:
                 return False
         return True
 
-    def _list(self, most: int | None = None, **filters: str) -> dict[str, Image]:
+    def _list(
+        self, most: int | None = None, page_size: int = PAGE_SIZE, **filters: str
+    ) -> dict[str, Image]:
         """Return a whole listing, or the first ``most`` images of one.
 
         A tenant can give images so many properties that a full page exceeds the size that we read.
-        Then we query half as many images, down to one, and after each page twice as many again.
+        Then we query half as many images, down to one. Glance composes the whole page nevertheless,
+        which takes seconds, so only after several pages of a size we query twice as many again.
         """
         images: dict[str, Image] = {}
-        page_size = PAGE_SIZE
+        pages_of_this_size = 0
         marker: str | None = None
         with self.connection.querying("Glance"):
             client = self._client
@@ -120,13 +136,17 @@ class Glance:
                     if page_size == 1:
                         raise
                     page_size //= 2
+                    pages_of_this_size = 0
                     continue
                 for image in page:
                     _add(images, image)
                 if len(page) < page_size or len(images) == most:
                     return images
                 marker = page[-1].id
-                page_size = min(2 * page_size, PAGE_SIZE)
+                pages_of_this_size += 1
+                if pages_of_this_size >= _PAGES_BEFORE_GROWTH:
+                    page_size = min(2 * page_size, PAGE_SIZE)
+                    pages_of_this_size = 0
 
     def _check_role(self) -> None:
         """Log an error if the token does not have the administrator's role.
@@ -184,17 +204,19 @@ def image_of(document: Mapping[str, Any]) -> Image:
     """Return the image in one of Glance's JSON documents.
 
     A field that is missing, or whose type is not that of Glance's API, is None. So such an image
-    is reported and never linked. Raises TemporaryError if there is no id.
+    is reported and never linked. A text that is too long is cut off. Raises TemporaryError if there
+    is no id, or if it is too long.
     """
 
     def text(field: str) -> str | None:
         value = document.get(field)
-        return value if isinstance(value, str) and value else None
+        return value[:_LONGEST_TEXT] if isinstance(value, str) and value else None
 
     image_id = text("id")
-    if image_id is None:
-        raise TemporaryError("Glance lists an image without an id; check its log")
+    if image_id is None or image_id != document["id"]:
+        raise TemporaryError("Glance lists an image without a valid id; check its log")
     size = document.get("size")
+    has_size = type(size) is int and 0 <= size <= _LARGEST_SIZE
     algorithm, digest = text("os_hash_algo"), text("os_hash_value")
     return Image(
         id=image_id,
@@ -202,7 +224,7 @@ def image_of(document: Mapping[str, Any]) -> Image:
         status=text("status"),
         disk_format=text("disk_format"),
         container_format=text("container_format"),
-        size=size if type(size) is int and size >= 0 else None,
+        size=size if has_size else None,
         importing_to=text("os_glance_importing_to_stores"),
         checksum=Checksum(algorithm, digest) if algorithm and digest else None,
         signed=_SIGNATURE in document,

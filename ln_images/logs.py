@@ -7,6 +7,7 @@ import logging.handlers
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +20,8 @@ LOG = logging.getLogger(__name__)
 # What a user of the log file alone wants to read has this attribute: it is in the report as well,
 # or each run of cron repeats it.
 _FILE_ONLY = "file_only"
+# So many refused or occupied images have a line of their own in the log file after one pass.
+_MOST_LINES = 5
 
 
 def set_up(program: str, log_file: str | None, verbose: bool, quiet: bool) -> int:
@@ -91,12 +94,38 @@ def judge_bug(error: Exception) -> Verdict:
     )
 
 
-def log_problem(result: Result) -> None:
-    """Log a problem: a fault everywhere, the rest in the log file alone."""
+def log_problems(results: Sequence[Result]) -> None:
+    """Log the problems of a pass: each fault, and the first of those that only the file gets.
+
+    A tenant can have any number of refused images, and each run of cron logs them again.
+    """
+    for result in results:
+        if result.verdict.outcome in FAULTS:
+            log_problem(result, stacklevel=3)
+    for outcome in (Outcome.REFUSED, Outcome.OCCUPIED):
+        others = [result for result in results if result.verdict.outcome is outcome]
+        for result in others[:_MOST_LINES]:
+            log_problem(result, stacklevel=3)
+        if len(others) > _MOST_LINES:
+            LOG.warning(
+                "%s: %d more images; run ln-images -n to list them",
+                outcome,
+                len(others) - _MOST_LINES,
+                extra={_FILE_ONLY: True},
+                stacklevel=2,
+            )
+
+
+def log_problem(result: Result, stacklevel: int = 2) -> None:
+    """Log a problem: a fault everywhere, the rest in the log file alone.
+
+    ``stacklevel`` is that of logging: it chooses the function whose place the line has.
+    """
+    line = report.line(result)
     if result.verdict.outcome in FAULTS:
-        LOG.error("%s", report.line(result), stacklevel=2)
+        LOG.error("%s", line, stacklevel=stacklevel)
     else:
-        LOG.warning("%s", report.line(result), extra={_FILE_ONLY: True}, stacklevel=2)
+        LOG.warning("%s", line, extra={_FILE_ONLY: True}, stacklevel=stacklevel)
 
 
 class _OneLine(logging.Formatter):

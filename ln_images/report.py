@@ -27,6 +27,8 @@ from ln_images.model import (
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _HEADINGS = ("NAME", "ID", "STATUS", "SIZE", "OUTCOME", "REASON")
 _PADDING = 2
+# A log line has so many characters of a name. Each may become six when it is escaped.
+_LONGEST_NAME = 80
 # On a terminal that is too narrow, an id has so many characters: its first group, as Git shortens
 # hashes. Names and reasons are wrapped, but not to less than so many columns.
 _SHORT_ID = 8
@@ -269,7 +271,7 @@ def line(result: Result) -> str:
     verdict = result.verdict
     what = result.cache_name
     if result.id is not None:
-        name = f" ({result.name})" if result.name else ""
+        name = f" ({result.name[:_LONGEST_NAME]})" if result.name else ""
         what = f"{result.id}{name} as {result.cache_name}"
     if verdict.sentence is None:
         return f"{verdict.outcome}: {what}"

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from ln_images import __version__, inspection, interrupts, report, rules
 from ln_images.console import Progress
 from ln_images.glance import Glance
-from ln_images.logs import judge_bug, log_problem
+from ln_images.logs import judge_bug, log_problems
 from ln_images.memory import (
     LogOnChange,
     NewRepairs,
@@ -217,8 +217,7 @@ class _PassLog:
 
     def log_results(self, results: Collection[Result], partial: bool) -> None:
         """Log what was repaired, and what somebody should look at."""
-        for problem in self._problems.list_new(results, partial):
-            log_problem(problem)
+        log_problems(self._problems.list_new(results, partial))
         if not self._options.dry_run:
             _log_repairs(self._new_repairs.list_new(results))
         repaired_again = self._repeated_repairs.find_first(results)

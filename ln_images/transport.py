@@ -9,6 +9,7 @@
 """
 
 import contextlib
+import re
 import signal
 import urllib.parse
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ _MOST_REQUESTS_OF_ONE_URL = 2
 _REDIRECTS = (301, 302, 303, 305, 307, 308)
 _BUSY = (429, 503)
 _FIRST_ERROR = 400
+# A server chooses some of the texts in our messages. They are cut off at so many characters.
+_LONGEST_URL = 200
 # What a proxy answers if it refuses a request or does not reach the server (RFC 9110, section 15).
 _PROXY_ANSWERS = (403, 407, 502, 503, 504)
 
@@ -182,7 +185,7 @@ def _read(response: Any) -> bytes:
 
 def _wait_hint(response: Any) -> str:
     seconds = response.headers.get("Retry-After", "")
-    if seconds.isascii() and seconds.isdecimal():
+    if re.fullmatch("[0-9]{1,6}", seconds):
         return f", it asks to wait {seconds} s"
     return ""
 
@@ -221,5 +224,6 @@ def _is_below(url: str, allowed: str) -> bool:
 
 
 def _without_query(url: str) -> str:
-    """Return ``url`` for a message. A query may be long, and may hold a secret."""
-    return without_passwords(url).partition("?")[0]
+    """Return ``url`` for a message. A query may hold a secret, and a path may be long."""
+    text = without_passwords(url).partition("?")[0]
+    return f"{text[:_LONGEST_URL]}..." if len(text) > _LONGEST_URL else text

@@ -267,6 +267,8 @@ def verify_image(
                 return _changed()
             before = os.fstat(descriptor)
             digest = compute_digest(descriptor, algorithm, count)
+            if os.fstat(descriptor).st_size != before.st_size:
+                return _changed()
             if digest == expected:
                 return Verdict(Outcome.VERIFIED, Reason.CHECKSUM_MATCHES)
             second_digest = compute_digest(descriptor, algorithm, lambda _size: None)
@@ -395,7 +397,7 @@ def is_usable(checksum: Checksum | None) -> bool:
 
 
 def compute_digest(descriptor: int, algorithm: str, count: Callable[[int], object]) -> str:
-    """Return the digest, in hex, of all content of an open file.
+    """Return the digest, in hex, of all content of an open file, up to the size that it has now.
 
     ``algorithm`` is one of hashlib's. ``count`` is called with each number of bytes that were read.
     Raises OSError.
@@ -413,6 +415,9 @@ class _ContentReader:
 
     A thread reads the next block while the last one is hashed. Without it a disk that is about as
     fast as SHA-512 takes 1.45 times as long (measured).
+
+    It ends at the size that the file had in the beginning. A compute node can write to a base, and
+    one that grows it while it is read would keep us reading for ever.
     """
 
     def __init__(self, descriptor: int, count: Callable[[int], object]) -> None:
@@ -420,6 +425,7 @@ class _ContentReader:
         self._count = count
         self._file = _reopen(descriptor, (*_PAST_THE_PAGE_CACHE, *_THROUGH_THE_PAGE_CACHE))
         self._offset = 0
+        self._size = os.fstat(descriptor).st_size
         # O_DIRECT needs buffers that are aligned: these are whole pages.
         self._buffer, self._other_buffer = (
             memoryview(mmap.mmap(-1, _BLOCK_BYTES)) for _ in range(2)
@@ -461,8 +467,8 @@ class _ContentReader:
             os.close(self._file)
             self._file = _reopen(self._descriptor, _THROUGH_THE_PAGE_CACHE)
             size = os.preadv(self._file, [self._buffer], self._offset)
-        block = self._buffer[:size]
-        self._offset += size
+        block = self._buffer[: min(size, self._size - self._offset)]
+        self._offset += len(block)
         self._buffer, self._other_buffer = self._other_buffer, self._buffer
         return block
 

@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import urllib.parse
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -413,6 +414,16 @@ def test_a_group_of_ids_that_is_too_large_is_halved() -> None:
 
 
 @pytest.mark.usefixtures("small_limit")
+def test_large_images_in_a_group_cost_few_requests() -> None:
+    """Glance composes each page that is too large in full, so we query few of them."""
+    images = make_images(12, 12, size=60_000)
+    with glance_of(listing(images)) as (server, glance):
+        assert len(glance.list_ids([image["id"] for image in images])) == 12
+    limits = [int(limit) for limit in re.findall(r"limit=(\d+)", " ".join(server.paths))]
+    assert sum(limits) < 70
+
+
+@pytest.mark.usefixtures("small_limit")
 def test_a_single_image_that_is_too_large() -> None:
     """An image that alone is larger than the limit ends the listing with an error of its own."""
     with (
@@ -449,7 +460,8 @@ def test_images_in_flight_are_listed_for_a_report_alone(
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize(
-    ("wait", "hint"), [("7", ", it asks to wait 7 s"), ("a while", ""), (None, "")]
+    ("wait", "hint"),
+    [("7", ", it asks to wait 7 s"), ("a while", ""), ("9" * 60_000, ""), (None, "")],
 )
 def test_a_busy_glance_is_named_as_such(status: int, wait: str | None, hint: str) -> None:
     """The error names 429 and 503, and the seconds of Retry-After if there are any."""
@@ -460,6 +472,17 @@ def test_a_busy_glance_is_named_as_such(status: int, wait: str | None, hint: str
         pytest.raises(TemporaryError, match=message),
     ):
         glance.list_all()
+
+
+def test_a_long_url_of_a_redirect_does_not_fill_the_log() -> None:
+    """A server can send 64 KB in a header, and each pass would log all of it."""
+    answer = Answer.redirect(f"http://other/{'x' * 60_000}")
+    with (
+        glance_of(lambda _: answer) as (_, glance),
+        pytest.raises(ConfigurationError, match=r"redirects to http://other/x+\.\.\.;") as raised,
+    ):
+        glance.list_all()
+    assert len(raised.value.message) < 600
 
 
 @pytest.mark.parametrize(
@@ -552,8 +575,17 @@ def test_any_json_object_is_an_image_or_a_temporary_error(fields: dict[str, Any]
     assert texts == tuple(
         fields[key] if type(fields.get(key)) is str and fields[key] else None for key in FIELDS[:-1]
     )
-    assert image.size == (size if type(size) is int and size >= 0 else None)
+    assert image.size == (size if type(size) is int and 0 <= size < 2**63 else None)
     assert type(image.size) in (int, type(None))
+
+
+def test_texts_and_sizes_that_no_database_has_are_bounded() -> None:
+    """A name of megabytes is cut off, so that the table stays narrow, and a huge size is no size."""
+    document = {"id": str(uuid.uuid4()), "name": "n" * 256, "size": 10**400}
+    image = image_of(document)
+    assert (image.name, image.size) == ("n" * 255, None)
+    with pytest.raises(TemporaryError, match="an image without a valid id"):
+        image_of(document | {"id": "1" * 256})
 
 
 def test_a_404_of_keystone_is_not_glances(node: Node, front: Front) -> None:

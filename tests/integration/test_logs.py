@@ -58,6 +58,19 @@ def test_refused_and_occupied_images_are_in_the_log_file_alone(node: Node, tmp_p
     assert log.stat().st_mode & 0o777 == 0o600
 
 
+def test_refused_images_of_a_tenant_do_not_fill_the_log(node: Node, tmp_path: Path) -> None:
+    """The log has the first five with 80 characters of their names, and how many more there are."""
+    log = tmp_path / "log"
+    for _ in range(7):
+        refused = node.cloud.image("\u200b" * 255, DATA)
+        (node.images / refused).write_bytes(b"QFI\xfb\0\0\0\3" + DATA[8:])
+    assert node.process("-q", "--log-file", str(log)).returncode == 0
+    lines = log.read_text().splitlines()
+    assert len(lines) == 6
+    assert lines[-1].endswith("refused: 2 more images; run ln-images -n to list them")
+    assert max(map(len, lines)) < 1000
+
+
 def test_the_log_file_rotates(node: Node, tmp_path: Path) -> None:
     """At 1 MiB the log is renamed, and no more than five old ones are kept."""
     log = tmp_path / "log"
