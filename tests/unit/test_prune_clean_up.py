@@ -73,6 +73,20 @@ def test_late_evidence_takes_nothing_and_restores(place: Path) -> None:
     assert not used.exists()
 
 
+def test_what_is_needed_comes_back_before_anything_goes(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pass that is interrupted has restored bases first, whatever their names are."""
+    first, last = sorted(["one", "two"], key=cache_name)
+    make_base(place / "cache", first, marked=False, unused_since=1.0)
+    make_base(place / "cache", last, marked=False, retired=True)
+    write_report(place / "reports", "compute-1", cache_name(last))
+    caplog.set_level("INFO")
+    result = run(place)
+    assert [line.split(":")[0] for line in caplog.messages] == ["restored", "retired"]
+    assert list(outcomes(result)) == [cache_name(first), cache_name(last)]
+
+
 def test_there_is_time_left_to_act_after_the_queries(place: Path) -> None:
     """An image is not queried by itself so late that nothing could be done any more."""
     make_base(place / "cache", ID, unused_since=1.0)
