@@ -1404,6 +1404,18 @@ def test_instances_that_are_not_mounted(node: ComputeNode) -> None:
     assert not run.report["complete"]
 
 
+def test_the_definition_that_a_migration_leaves_behind(node: ComputeNode) -> None:
+    """A server that left for another node has its disk in <id>_resize, and blocks nothing.
+
+    Until the migration is confirmed, libvirt's definition still names the disk in <id>.
+    """
+    node.add_disk(base=node.add_base(), server=f"{SERVER}_resize")
+    node.define(node.instances / SERVER / "disk")
+    run = node.run()
+    assert run.report["bases"] == [BASE]
+    assert run.report["complete"]
+
+
 def test_without_libvirts_definitions(node: ComputeNode) -> None:
     """If libvirt's definitions are not visible, that is unknown, and the report is complete."""
     node.add_disk(base=node.add_base())

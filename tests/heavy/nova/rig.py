@@ -360,6 +360,7 @@ class Rig:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.nodes: list[Node] = []
+        self._last_number = 0
         self._processes: list[subprocess.Popen[bytes]] = []
         self._network = ThreadingHTTPServer(("127.0.0.1", NETWORK), _NoNetworks)
 
@@ -387,7 +388,9 @@ class Rig:
     def add_node(self, **settings: str) -> Node:
         """Start one more compute node, with the settings that the documents demand, and others."""
         settings = {"DEFAULT": AS_THEY_ARE, "image_cache": KEEP_BASES, **settings}
-        self.nodes.append(Node(self, len(self.nodes) + 1, **settings))
+        # A node that was removed leaves its files behind, so no number is used again.
+        self._last_number += 1
+        self.nodes.append(Node(self, self._last_number, **settings))
         return self.nodes[-1]
 
     def remove_node(self, node: Node) -> None:
