@@ -34,6 +34,8 @@ _LONGEST_TEXT = 255
 _LARGEST_SIZE = 2**63 - 1
 # Nova verifies an image only if it has this property (nova.image.glance, cursive.signature_utils).
 _SIGNATURE = "img_signature"
+# The filter for hidden images alone.
+_HIDDEN = {"os_hidden": "true"}
 
 
 class Glance:
@@ -56,7 +58,7 @@ class Glance:
 
         Glance lists hidden images only if it is asked for them alone.
         """
-        return self._list() | self._list(os_hidden="true")
+        return self._list({}) | self._list(_HIDDEN)
 
     def list_in_flight(self) -> dict[str, Image]:
         """Return images whose data is not complete yet, by id.
@@ -64,7 +66,7 @@ class Glance:
         If there are more than ``MOST_IN_FLIGHT``, the newest are returned and a warning is logged.
         """
         status = f"in:{','.join(sorted(IN_FLIGHT))}"
-        images = self._list(most=MOST_IN_FLIGHT, status=status)
+        images = self._list({"status": status}, most=MOST_IN_FLIGHT)
         if len(images) >= MOST_IN_FLIGHT:
             LOG.warning(
                 "Glance has %d or more images without complete data, and we report the newest %d"
@@ -79,25 +81,24 @@ class Glance:
         images: dict[str, Image] = {}
         for start in range(0, len(ids), IDS_PER_REQUEST):
             group = ids[start : start + IDS_PER_REQUEST]
-            images |= self._list_group(group)
+            images |= self._list_group(group, {})
             hidden = [image_id for image_id in group if image_id not in images]
             if hidden:
-                images |= self._list_group(hidden, os_hidden="true")
+                images |= self._list_group(hidden, _HIDDEN)
         return images
 
-    def _list_group(self, ids: Sequence[str], **filters: str) -> dict[str, Image]:
+    def _list_group(self, ids: Sequence[str], filters: Mapping[str, str]) -> dict[str, Image]:
         """Return those images among at most ``IDS_PER_REQUEST`` ids that match ``filters``.
 
         They fit on the first page even if a listing has each of them twice.
         """
-        return self._list(page_size=2 * len(ids) + 1, id=f"in:{','.join(ids)}", **filters)
+        filters = {"id": f"in:{','.join(ids)}", **filters}
+        return self._list(filters, page_size=2 * len(ids) + 1)
 
     def has_active(self) -> bool:
         """Return whether the credential can see an active image that has data."""
         filters = {"status": "active", "size_min": "1"}
-        return bool(
-            self._list(most=1, **filters) or self._list(most=1, **filters, os_hidden="true")
-        )
+        return bool(self._list(filters, most=1) or self._list(filters | _HIDDEN, most=1))
 
     def has_image(self, image_id: str) -> bool:
         """Return whether Glance, queried for this one image, has it.
@@ -113,7 +114,7 @@ class Glance:
         return True
 
     def _list(
-        self, most: int | None = None, page_size: int = PAGE_SIZE, **filters: str
+        self, filters: Mapping[str, str], most: int | None = None, page_size: int = PAGE_SIZE
     ) -> dict[str, Image]:
         """Return a whole listing, or the first ``most`` images of one.
 
