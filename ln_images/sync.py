@@ -230,7 +230,7 @@ class _PassLog:
         removed = self._removed_links.count_if_new(results)
         if removed:
             LOG.warning(
-                "%d links were missing and are made again: something removes them, or the store was"
+                "links were missing and are made again (%d): something removes them, or the store was"
                 " restored without the cache; set remove_unused_base_images = False on every"
                 " compute node",
                 removed,
