@@ -230,8 +230,8 @@ class _PassLog:
         removed = self._removed_links.count_if_new(results)
         if removed:
             LOG.warning(
-                "links were missing and are made again (%d): something removes them, or the store was"
-                " restored without the cache; set remove_unused_base_images = False on every"
+                "links were missing and are made again (%d): something removes them, or the store"
+                " was restored without the cache; set remove_unused_base_images = False on every"
                 " compute node",
                 removed,
             )
