@@ -176,7 +176,6 @@ class Node:
     def restart_with_arguments(self, *arguments: str) -> None:
         """Start nova-compute anew with other arguments; :meth:`runs_with` undoes that."""
         self.stop()
-        self._force_down(False)
         self.settings = {"other": "arguments"}
         self._last_seen = (self._service() or {}).get("updated_at")
         self._spawn_compute(arguments)
@@ -187,6 +186,7 @@ class Node:
             *(*self._entered(), "setpriv", "--reuid=nova", "--regid=nova", "--init-groups"),
             *(str(NOVA / "bin/python"), str(NOVA / "bin/nova-compute"), *arguments),
         )
+        wait_until(self._allow_up, f"{self.name}", START_SECONDS)
         wait_until(self._up, f"{self.name}", START_SECONDS)
 
     def stop(self) -> None:
@@ -211,7 +211,6 @@ class Node:
             return
         if self.running:
             self.stop()
-        self._force_down(False)
         self.settings = {}
         self.start(**wanted)
 
@@ -338,6 +337,19 @@ class Node:
         # A report of the nova-compute that ended before is not one of this nova-compute.
         is_up = service and service["state"] == "up" and service["updated_at"] != self._last_seen
         return bool(is_up) and self.name in {each["hypervisor_hostname"] for each in hypervisors}
+
+    def _allow_up(self) -> bool:
+        """Let Nova call the node up again. Return whether it does.
+
+        After an evacuation, Nova refuses that until nova-compute has removed the servers that left.
+        """
+        time.sleep(0.5)
+        try:
+            if self._service() is not None:
+                self._force_down(False)
+        except exceptions.BadRequest:
+            return False
+        return True
 
     def delete_service(self) -> None:
         """Delete the node in Nova, so that Nova no longer lists it."""
