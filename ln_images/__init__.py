@@ -1,3 +1,3 @@
 """Hard-links finished Glance images into Nova's shared image cache."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -35,9 +35,9 @@ def most_severe(*statuses: int) -> int:
 
 
 def progress(label: str, total: int) -> Any:
-    """Return a progress bar on standard error, hidden if nobody sits there or it is short."""
-    has_reader = sys.stderr is not None and sys.stderr.isatty()
-    hidden = total < _WORTH_A_BAR or not has_reader
+    """Return a progress bar on standard error, hidden if it is short or nobody can see it."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    hidden = total < _WORTH_A_BAR or not is_terminal
     return click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden)
 
 
@@ -46,8 +46,8 @@ def print_report(
 ) -> None:
     """Print the report on standard output; with ``--quiet`` only JSON.
 
-    ``preface`` is text that stands above the table, if there is any. A standard output that cannot
-    be written to takes nothing from the pass.
+    ``preface`` is printed above the table, unless it is empty. If standard output cannot be
+    written to, the error is logged, and the pass keeps its exit status.
     """
     try:
         if common.format == "json":
@@ -86,7 +86,8 @@ class MetricsWriter:
     def write(self, status: int, duration: float | None, metrics: Iterable[Metric]) -> int:
         """Write the metrics, and return the most severe of ``status`` and our own.
 
-        A file that cannot be written takes nothing from the pass, and is reported once.
+        Our own is 2 if the file cannot be written. That error is logged once for as long as it
+        stands.
         """
         if self._textfile is None:
             return status

@@ -34,6 +34,8 @@ _LONGEST_TEXT = 255
 _LARGEST_SIZE = 2**63 - 1
 # Nova verifies an image only if it has this property (nova.image.glance, cursive.signature_utils).
 _SIGNATURE = "img_signature"
+# The filter for hidden images alone.
+_HIDDEN = {"os_hidden": "true"}
 
 
 class Glance:
@@ -56,7 +58,7 @@ class Glance:
 
         Glance lists hidden images only if it is asked for them alone.
         """
-        return self._list({}) | self._list({"os_hidden": "true"})
+        return self._list({}) | self._list(_HIDDEN)
 
     def list_in_flight(self) -> dict[str, Image]:
         """Return images whose data is not complete yet, by id.
@@ -82,7 +84,7 @@ class Glance:
             images |= self._list_group(group, {})
             hidden = [image_id for image_id in group if image_id not in images]
             if hidden:
-                images |= self._list_group(hidden, {"os_hidden": "true"})
+                images |= self._list_group(hidden, _HIDDEN)
         return images
 
     def _list_group(self, ids: Sequence[str], filters: Mapping[str, str]) -> dict[str, Image]:
@@ -96,8 +98,7 @@ class Glance:
     def has_active(self) -> bool:
         """Return whether the credential can see an active image that has data."""
         filters = {"status": "active", "size_min": "1"}
-        hidden = {**filters, "os_hidden": "true"}
-        return bool(self._list(filters, most=1) or self._list(hidden, most=1))
+        return bool(self._list(filters, most=1) or self._list(filters | _HIDDEN, most=1))
 
     def has_image(self, image_id: str) -> bool:
         """Return whether Glance, queried for this one image, has it.
@@ -113,7 +114,7 @@ class Glance:
         return True
 
     def _list(
-        self, filters: Mapping[str, str], *, most: int | None = None, page_size: int = PAGE_SIZE
+        self, filters: Mapping[str, str], most: int | None = None, page_size: int = PAGE_SIZE
     ) -> dict[str, Image]:
         """Return a whole listing, or the first ``most`` images of one.
 

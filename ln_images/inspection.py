@@ -133,7 +133,7 @@ def _inspect(descriptor: int, disk_format: str) -> Objection | None:
     # The code of a kernel lies where a disk has its partition table.
     is_kernel_code = disk_format in _NO_DISKS and formats == {"gpt"}
     if not is_kernel_code:
-        # A hybrid ISO is checked as an ISO.
+        # There is one inspector, or two for a hybrid ISO, which is checked as an ISO.
         checked = "iso" if "iso" in inspectors else min(inspectors)
         inspectors[checked].safety_check()
     if disk_format == "qcow2" and _names_data_file(descriptor):
@@ -151,6 +151,7 @@ def _run_inspectors(descriptor: int) -> tuple[dict[str, Any], bool]:
         while wrapper.formats is None and file.tell() < _MOST_BYTES:
             if not wrapper.read(_CHUNK):
                 break
+        # Of a shorter file the library decides when the wrapper is closed.
         is_decided = wrapper.formats is not None or file.tell() < _MOST_BYTES
         wrapper.close()
     return {str(inspector): inspector for inspector in wrapper.formats or ()}, is_decided

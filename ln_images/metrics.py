@@ -61,9 +61,9 @@ class Textfile:
     ) -> None:
         """Replace the file after a pass that ended at ``now``, in seconds since the epoch.
 
-        ``duration`` is None and ``metrics`` has counters only if the pass was not possible. The
-        time of the last success and the counters are kept from the file as it is. Raises
-        ConfigurationError if the file cannot be written.
+        If the pass was not possible, ``duration`` is None, and ``metrics`` has nothing but
+        counters. The time of the last success and the counters are kept from the file as it is.
+        Raises ConfigurationError if the file cannot be written.
         """
         before = self._read()
         last_success = Metric(

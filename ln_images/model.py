@@ -260,8 +260,8 @@ class File(NamedTuple):
     """What one name in a directory stands for. Symbolic links are not followed.
 
     ``mode`` is the whole ``st_mode``, which includes the type. ``size`` is in bytes. ``changed``
-    (ctime) and ``modified`` (mtime) are in seconds since the epoch. A file in the store is looked
-    at without its marks: they are None.
+    (ctime) and ``modified`` (mtime) are in seconds since the epoch. ``marks`` is None if they were
+    not read: a file in the store has them only once it is open.
     """
 
     mode: int
@@ -277,6 +277,22 @@ class File(NamedTuple):
     def is_same_inode(self, other: "File") -> bool:
         """Return whether both are names of one inode."""
         return (self.device, self.inode) == (other.device, other.inode)
+
+
+class Facts(NamedTuple):
+    """What the two directories have for one image.
+
+    ``source`` is its file in the store, ``entry`` what has its cache name; None if there is none.
+    ``is_downloading`` says that Nova is downloading the image. ``entry_is_raw`` says that the entry
+    is another regular file than the source, without the magic of qcow2. ``mark_is_shared`` says
+    that the entry's mark names another image whose file is the same inode.
+    """
+
+    source: File | None
+    entry: File | None
+    is_downloading: bool = False
+    entry_is_raw: bool = False
+    mark_is_shared: bool = False
 
 
 class Base(NamedTuple):
@@ -358,10 +374,11 @@ class Result:
 class Pass:
     """What one pass of a command found and did. ``duration`` is in seconds.
 
-    ``settled`` are the ids of images whose links the disk alone shows to be correct: Glance was not
-    queried about them. ``error`` says why the pass could not do all of its work. ``partial`` says
-    that the pass was over some images only. ``lock_seconds`` is how long it held the lock.
-    ``bytes_read`` is how much image content it read; None if its command reads none.
+    ``present`` are the ids of images whose links the disk alone shows to be correct: Glance was not
+    queried about them. ``directory_owner`` owns the cache directory. ``error`` says why the pass
+    could not do all of its work. ``partial`` says that the pass was over some images only.
+    ``lock_seconds`` is how long it held the lock. ``bytes_read`` is how much image content it read;
+    None if its command reads none. ``extra`` has the JSON report's fields of one command alone.
     """
 
     command: Command
@@ -369,7 +386,7 @@ class Pass:
     duration: float
     dry_run: bool
     results: Sequence[Result]
-    settled: Sequence[str] = ()
+    present: Sequence[str] = ()
     reclaimable: Reclaimable = field(default_factory=Reclaimable)
     directory_owner: Owner | None = None
     error: "LnImagesError | None" = None

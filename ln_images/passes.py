@@ -39,7 +39,7 @@ def run(
 ) -> int:
     """Run one pass, or with ``every`` one after another, and return the exit status.
 
-    ``status`` is what the exit status is at least.
+    The exit status is never less severe than ``status``.
     """
     output = Output(common, options, status)
     try:
@@ -109,7 +109,7 @@ class Output:
             self._outcomes |= outcomes
         else:
             self._last_full = pass_
-            self._outcomes = dict.fromkeys(pass_.settled, Outcome.PRESENT) | outcomes
+            self._outcomes = dict.fromkeys(pass_.present, Outcome.PRESENT) | outcomes
         if self._last_full is None:
             return status
         if not FAULTS.isdisjoint(self._outcomes.values()):

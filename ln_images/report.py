@@ -26,7 +26,7 @@ from ln_images.model import (
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _HEADINGS = ("NAME", "ID", "STATUS", "SIZE", "OUTCOME", "REASON")
-_GAP = 2
+_PADDING = 2
 # A log line has so many characters of a name. Each may become six when it is escaped.
 _LONGEST_NAME = 80
 # On a terminal that is too narrow, an id has so many characters: its first group, as Git shortens
@@ -81,12 +81,12 @@ def list_results(pass_: Pass, everything: bool) -> list[Result]:
     if not everything:
         return [result for result in pass_.results if not _is_expected(result.verdict)]
     # Glance was not queried about these, so the id is all that is known.
-    present = Verdict(Outcome.PRESENT, Reason.CORRECT)
-    settled = [
-        Result(cache_name=cache_name(image_id), verdict=present, id=image_id)
-        for image_id in pass_.settled
+    verdict = Verdict(Outcome.PRESENT, Reason.CORRECT)
+    present = [
+        Result(cache_name=cache_name(image_id), verdict=verdict, id=image_id)
+        for image_id in pass_.present
     ]
-    return [*pass_.results, *settled]
+    return [*pass_.results, *present]
 
 
 def _is_expected(verdict: Verdict) -> bool:
@@ -97,7 +97,7 @@ def _is_expected(verdict: Verdict) -> bool:
 def counts(pass_: Pass) -> Counter[Outcome]:
     """Return how many images had which outcome."""
     counter = Counter(result.verdict.outcome for result in pass_.results)
-    counter[Outcome.PRESENT] += len(pass_.settled)
+    counter[Outcome.PRESENT] += len(pass_.present)
     return counter
 
 
@@ -174,10 +174,10 @@ def table(results: Sequence[Result], width: int | None = None, colour: bool = Fa
         return ""
     rows = [_row(result) for result in results]
     if width is not None and _table_width(rows) > width:
-        rows = _narrow(rows, width)
+        rows = _fit(rows, width)
     pretty = PrettyTable(_HEADINGS, border=False, align="l")
     pretty.left_padding_width = 0
-    pretty.right_padding_width = _GAP
+    pretty.right_padding_width = _PADDING
     for result, row in zip(results, rows, strict=True):
         cells = row._asdict()
         outcome_colour = _COLOURS.get(result.verdict.outcome)
@@ -209,7 +209,7 @@ def _row(result: Result) -> _Row:
     )
 
 
-def _narrow(rows: Sequence[_Row], width: int) -> list[_Row]:
+def _fit(rows: Sequence[_Row], width: int) -> list[_Row]:
     """Shorten ids, and wrap names and reasons so that the table has at most ``width`` columns.
 
     A name gets what the reasons leave, or a third if they would leave less than that.
@@ -226,7 +226,7 @@ def _narrow(rows: Sequence[_Row], width: int) -> list[_Row]:
 
 
 def _table_width(rows: Sequence[_Row]) -> int:
-    return sum(_column_widths(rows)) + _GAP * (len(_HEADINGS) - 1)
+    return sum(_column_widths(rows)) + _PADDING * (len(_HEADINGS) - 1)
 
 
 def _column_widths(rows: Sequence[_Row]) -> list[int]:

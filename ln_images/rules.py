@@ -5,9 +5,11 @@ Its order is the policy:
 
 1. What Glance says about the image: only a finished image of a format that we link goes on.
 2. The image's own file: it must be a regular file of exactly the size that Glance states.
-3. What has the image's cache name: if it is another file, we never touch it.
-4. If it is the image's own file, the link is there, and at most its attributes are repaired.
-5. If the name is free, the image is linked, unless Glance or Nova is still writing.
+3. Another file has the image's cache name: we never touch that file.
+4. The image's own file has the cache name: the link is there, and at most its attributes are
+   repaired.
+5. The cache name is free: the image is linked, unless Glance is still copying it to this store, or
+   Nova is downloading it (``is_fresh_download`` in ``store.py``).
 
 The content of the file is inspected after that, because it is the most expensive rule. See
 ``inspection.py`` and the story of one image in ``sync.py``.
@@ -21,6 +23,7 @@ from ln_images.model import (
     IN_FLIGHT,
     Action,
     Decision,
+    Facts,
     File,
     Image,
     LinkPolicy,
@@ -29,7 +32,6 @@ from ln_images.model import (
     Verdict,
     is_image_id,
 )
-from ln_images.store import Facts
 
 # A file that has not changed for this long, in seconds, is not being written any more.
 QUIET_SECONDS = 3600
@@ -54,9 +56,9 @@ def decide(image: Image, facts: Facts, policy: LinkPolicy, now: float) -> Decisi
 
     # 1. What Glance says about the image.
     verdict = judge_image(image, policy)
-    if verdict is not None and verdict.reason is Reason.SIGNED and is_linked:
-        return Decision(_signed_after_linking(image))
     if verdict is not None:
+        if verdict.reason is Reason.SIGNED and is_linked:
+            verdict = _judge_signed_link(image)
         return Decision(verdict)
 
     # 2. The image's own file.
@@ -76,12 +78,12 @@ def decide(image: Image, facts: Facts, policy: LinkPolicy, now: float) -> Decisi
 
     # 5. The cache name is free.
     if _is_being_copied(image, source, now):
-        return Decision(_being_copied(image))
+        return Decision(_judge_copy(image))
     if facts.is_downloading:
         return Decision(
             Verdict(Outcome.WAITING, Reason.NOVA_IS_DOWNLOADING, "Nova is downloading it")
         )
-    return Decision(_linked(image, source), Action.LINK)
+    return Decision(_judge_new_link(image, source), Action.LINK)
 
 
 def judge_image(image: Image, policy: LinkPolicy) -> Verdict | None:
@@ -91,30 +93,31 @@ def judge_image(image: Image, policy: LinkPolicy) -> Verdict | None:
     snapshot, which has no data.
     """
     if not is_image_id(image.id):
-        return _skipped(Reason.NOT_AN_IMAGE_ID, "its id does not have the form of an image id")
+        return _skip(Reason.NOT_AN_IMAGE_ID, "its id does not have the form of an image id")
     if image.status in IN_FLIGHT:
         return Verdict(Outcome.WAITING, Reason.NOT_FINISHED, f"status {image.status}")
     if image.status != "active":
-        return _skipped(Reason.STATUS, f"status {image.status or 'unknown'}")
+        return _skip(Reason.STATUS, f"status {image.status or 'unknown'}")
     if image.disk_format not in policy.disk_formats:
-        return _skipped(Reason.DISK_FORMAT, f"disk format {image.disk_format or 'unknown'}")
+        return _skip(Reason.DISK_FORMAT, f"disk format {image.disk_format or 'unknown'}")
     if image.container_format == "compressed":
         # Nova decompresses what it downloads (nova.virt.images), but not what it finds.
-        return _skipped(Reason.COMPRESSED, "container format compressed; no hypervisor boots it")
+        return _skip(Reason.COMPRESSED, "container format compressed; no hypervisor boots it")
     if image.signed:
         # Nova verifies the signature only of what it downloads (nova.image.glance).
-        return _skipped(Reason.SIGNED, "signed; Nova verifies only images that it downloads")
+        return _skip(Reason.SIGNED, "signed; Nova verifies only images that it downloads")
     if image.size is None:
-        return _skipped(Reason.NO_SIZE, "Glance states no size")
+        return _skip(Reason.NO_SIZE, "Glance states no size")
     if image.size == 0:
-        return _skipped(Reason.EMPTY, "empty; a volume snapshot has no data")
+        return _skip(Reason.EMPTY, "empty; a volume snapshot has no data")
     return None
 
 
 def is_correct(entry: File, image_ids: Collection[str], policy: LinkPolicy) -> bool:
     """Return whether a link has the attributes that it must have.
 
-    ``image_ids`` are those of the images whose file is this inode: the mark names one of them.
+    ``image_ids`` are those of the images whose file is this inode. There can be several, and the
+    mark must name one of them.
     """
     if entry.mode != stat.S_IFREG | policy.mode or entry.owner != policy.owner:
         return False
@@ -149,7 +152,8 @@ def judge_error(error: OSError, is_root: bool) -> Verdict:
     return Verdict(Outcome.FAILED, Reason.SYSTEM_ERROR, sentence)
 
 
-def _signed_after_linking(image: Image) -> Verdict:
+def _judge_signed_link(image: Image) -> Verdict:
+    """Return the verdict on an image that was signed after it was linked."""
     return Verdict(
         Outcome.REFUSED,
         Reason.SIGNED_AFTER_LINKING,
@@ -161,8 +165,8 @@ def _signed_after_linking(image: Image) -> Verdict:
 def _judge_missing_file(image: Image) -> Verdict:
     """Return what it means that the image has no file in this store."""
     if image.importing_to is not None:
-        return _being_copied(image)
-    return _skipped(Reason.NO_FILE, "no file in this store")
+        return _judge_copy(image)
+    return _skip(Reason.NO_FILE, "no file in this store")
 
 
 def _judge_file(image: Image, source: File, is_linked: bool, now: float) -> Verdict | None:
@@ -173,7 +177,7 @@ def _judge_file(image: Image, source: File, is_linked: bool, now: float) -> Verd
         return None
     sizes = f"{source.size} of {image.size} bytes"
     if is_linked and not _is_being_copied(image, source, now):
-        # It was complete when it was linked.
+        # The file was complete when it was linked, so even a copy that was interrupted is damage.
         return Verdict(
             Outcome.DAMAGED,
             Reason.LINKED_FILE_WRONG_SIZE,
@@ -186,6 +190,8 @@ def _judge_file(image: Image, source: File, is_linked: bool, now: float) -> Verd
             f"the file has {source.size} bytes, Glance states {image.size}; upload it"
             " again as a new image",
         )
+    # An interrupted copy leaves a short file behind, too. That is no damage, because another store
+    # has the whole image.
     if _is_quiet(source, now) and image.importing_to is None:
         return Verdict(
             Outcome.DAMAGED,
@@ -239,10 +245,11 @@ def _decide_on_link(
     return Decision(Verdict(Outcome.REPAIRED, Reason.WRONG_ATTRIBUTES), Action.REPAIR)
 
 
-def _linked(image: Image, source: File) -> Verdict:
+def _judge_new_link(image: Image, source: File) -> Verdict:
     """Return the verdict for an image that gets a link, once it has it.
 
-    If the file has our mark for this image, it had a link before, and somebody removed it.
+    If the file has our mark for this image, it had a link before, and somebody removed it. Only an
+    open file has its marks, so the first decision about an image never sees that.
     """
     if source.marks is not None and source.marks.image_id == image.id:
         return Verdict(
@@ -255,7 +262,8 @@ def _linked(image: Image, source: File) -> Verdict:
     return Verdict(Outcome.LINKED, Reason.NO_LINK_YET)
 
 
-def _being_copied(image: Image) -> Verdict:
+def _judge_copy(image: Image) -> Verdict:
+    """Return the verdict on an image that Glance is copying."""
     return Verdict(
         Outcome.WAITING,
         Reason.BEING_COPIED,
@@ -263,7 +271,7 @@ def _being_copied(image: Image) -> Verdict:
     )
 
 
-def _skipped(reason: Reason, sentence: str) -> Verdict:
+def _skip(reason: Reason, sentence: str) -> Verdict:
     return Verdict(Outcome.SKIPPED, reason, sentence)
 
 
@@ -279,7 +287,7 @@ def _is_being_copied(image: Image, file: File, now: float) -> bool:
 def _is_quiet(file: File, now: float) -> bool:
     """Return whether nobody has written to a file for an hour.
 
-    A time that is further than an hour in the future is not that of a recent write either.
+    A time that is an hour or more in the future is not that of a recent write either.
     """
     return abs(now - file.modified) >= QUIET_SECONDS
 

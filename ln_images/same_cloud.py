@@ -12,7 +12,7 @@ from ln_images.model import ConfigurationError, Image
 from ln_images.scan import Scan
 from ln_images.store import Store
 
-# So many images are queried to prove that this is their cloud.
+# So many images that the answer is not about are queried first, to prove that this is their cloud.
 _SAMPLE = 50
 
 
@@ -27,7 +27,7 @@ class Answer(NamedTuple):
 
 
 def require_same_cloud(
-    store: Store, found: Scan, recalled_ids: Collection[str], answer: Answer, glance: Glance
+    store: Store, on_disk: Scan, recalled_ids: Collection[str], answer: Answer, glance: Glance
 ) -> str | None:
     """Return None, or a warning, if the store, the cache and the cloud belong together.
 
@@ -36,11 +36,11 @@ def require_same_cloud(
     pass judged them. Raises ConfigurationError if nothing proves it, and other LnImagesErrors if
     Glance cannot be queried.
     """
-    with_file = {*found.settled, *found.unsettled}
-    marked = [base.image_id for base in found.bases if base.image_id is not None]
+    with_file = on_disk.ids_in_store
+    marked = [base.image_id for base in on_disk.bases if base.image_id is not None]
     if not with_file:
         return _judge_empty_store(store, answer, glance, has_marks=bool(marked))
-    not_queried = [*found.settled, *recalled_ids, *marked]
+    not_queried = [*on_disk.present, *recalled_ids, *marked]
     known = _find_known(answer, with_file.union(marked), not_queried, glance)
     if known & with_file:
         return None
@@ -51,7 +51,7 @@ def require_same_cloud(
         return None
     raise ConfigurationError(
         f"Glance knows none of the {len(with_file)} images that have a file in"
-        f" {store.images_dir}; nothing was touched; check OS_AUTH_URL and OS_REGION_NAME (another"
+        f" {store.images_dir}; check OS_AUTH_URL and OS_REGION_NAME (another"
         " cloud's?), the credential's role, and --images-dir"
     )
 
@@ -63,7 +63,11 @@ def _find_known(
     known = answer.images.keys() & ids
     if known or answer.is_complete:
         return known
-    return glance.list_ids(not_queried[:_SAMPLE]).keys() & ids or glance.list_all().keys() & ids
+    known = glance.list_ids(not_queried[:_SAMPLE]).keys() & ids
+    if known:
+        return known
+    # Glance may have deleted just these, so only the complete list proves that it knows none.
+    return glance.list_all().keys() & ids
 
 
 def _judge_empty_store(store: Store, answer: Answer, glance: Glance, has_marks: bool) -> str | None:

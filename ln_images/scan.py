@@ -24,8 +24,8 @@ from ln_images.store import Store
 RETIRED_SUFFIX = ".retired"
 # Nova's other files (``<sha1>_20``, ``ephemeral_*``, ``swap_*``) have names of other forms.
 _BASE_NAME = re.compile(r"[0-9a-f]{40}(\.retired)?")
-# A compute node can create any number of names in the cache. So much of what belongs to no image in
-# the store we list, and so much of that we look at.
+# A compute node can create any number of names in the cache. Of those that belong to no image in
+# the store we list so many, and we read so many bases among them.
 MOST_FOREIGN_NAMES = 100_000
 MOST_BASES = 10_000
 
@@ -33,26 +33,30 @@ MOST_BASES = 10_000
 class Scan(NamedTuple):
     """What both directories show, without a query to Glance.
 
-    ``settled`` are the ids whose links are as they must be. ``unsettled`` are the others that have
-    a name in the store. ``bases`` belong to no image in the store. ``has_more_bases`` says that
-    the cache has more names than we look at. ``broken`` are the entries of the cache that belong to
-    no image in the store and that could not be looked at, by name.
+    ``present`` are the ids of the images whose links are as they must be. ``to_check`` are the
+    other ids that have a name in the store. ``bases`` belong to no image in the store.
+    ``has_more_bases`` says that the cache has more names than we read. ``broken`` are the entries
+    of the cache that belong to no image in the store and that could not be read, by name.
     """
 
-    settled: Sequence[str]
-    unsettled: Sequence[str]
+    present: Sequence[str]
+    to_check: Sequence[str]
     bases: Sequence[Base]
     has_more_bases: bool
     broken: Mapping[str, Verdict]
 
+    @property
+    def ids_in_store(self) -> set[str]:
+        """Return all ids that have a name in the store."""
+        return {*self.present, *self.to_check}
 
-def scan(store: Store, policy: LinkPolicy | None, trust_links: bool = True) -> Scan:
+
+def scan(store: Store, policy: LinkPolicy | None) -> Scan:
     """Scan both directories.
 
-    An image is settled if its cache name is on the very inode of its file, with owner, mode and
-    marks as they must be. Without a policy or ``trust_links`` no image is settled. If the store's
-    file system lists other inodes than stat(2) returns, no image is settled either, and each is
-    looked at by itself.
+    The link of an image is as it must be if the cache name is on the very inode of its file, with
+    the owner, mode and marks of ``policy``. Without a policy every image in the store is to be
+    checked. The same holds if the store's file system lists other inodes than stat(2) returns.
 
     Raises LnImagesError if a directory cannot be listed.
     """
@@ -61,49 +65,47 @@ def scan(store: Store, policy: LinkPolicy | None, trust_links: bool = True) -> S
     names = set(store.list_cache(limit))
     is_cut_off = len(names) >= limit
     ids_by_name = {cache_name(image_id): image_id for image_id in inodes}
-    settled: set[str] = set()
-    if policy is not None and trust_links:
+    present: set[str] = set()
+    if policy is not None:
         # A name that is not in a list that was cut off may be there all the same.
-        present = ids_by_name if is_cut_off else ids_by_name.keys() & names
-        settled = _find_settled(
-            store, policy, inodes, {name: ids_by_name[name] for name in present}
-        )
+        listed = ids_by_name if is_cut_off else ids_by_name.keys() & names
+        present = _find_present(store, policy, inodes, {name: ids_by_name[name] for name in listed})
     foreign = sorted(name for name in names - ids_by_name.keys() if _BASE_NAME.fullmatch(name))
-    bases, broken = _look_at_bases(store, foreign[:MOST_BASES])
+    bases, broken = _read_bases(store, foreign[:MOST_BASES])
     return Scan(
-        settled=sorted(settled),
-        unsettled=sorted(inodes.keys() - settled),
+        present=sorted(present),
+        to_check=sorted(inodes.keys() - present),
         bases=bases,
         has_more_bases=is_cut_off or len(foreign) > MOST_BASES,
         broken=broken,
     )
 
 
-def _find_settled(
+def _find_present(
     store: Store, policy: LinkPolicy, inodes: Mapping[str, int], ids_by_name: Mapping[str, str]
 ) -> set[str]:
     """Return the ids of the images whose link is as it must be.
 
-    ``inodes`` has the inode of each image in the store, and ``ids_by_name`` the images to look at.
+    ``inodes`` has the inode of each image in the store. ``ids_by_name`` has the images to check, by
+    cache name.
     """
     ids_by_inode = defaultdict(list)
     for image_id, inode in inodes.items():
         ids_by_inode[inode].append(image_id)
-    settled = set()
+    present = set()
     for name, image_id in ids_by_name.items():
-        # An entry that cannot be looked at is the image's own failure.
+        # An entry that cannot be read is the image's own failure, when it is checked.
         with contextlib.suppress(OSError):
             entry = store.cache_file(name)
-            if entry is not None and _is_settled(
-                entry, ids_by_inode[entry.inode], image_id, policy
-            ):
-                settled.add(image_id)
-    return settled
+            if entry is None:
+                continue
+            ids_of_inode = ids_by_inode[entry.inode]
+            if image_id in ids_of_inode and rules.is_correct(entry, ids_of_inode, policy):
+                present.add(image_id)
+    return present
 
 
-def _look_at_bases(
-    store: Store, names: Iterable[str]
-) -> tuple[Sequence[Base], Mapping[str, Verdict]]:
+def _read_bases(store: Store, names: Iterable[str]) -> tuple[Sequence[Base], Mapping[str, Verdict]]:
     """Return the bases that have these names, and the verdicts on those that are broken."""
     bases: list[Base] = []
     broken: dict[str, Verdict] = {}
@@ -119,17 +121,11 @@ def _look_at_bases(
     return bases, broken
 
 
-def _is_settled(
-    entry: File, ids_of_inode: Collection[str], image_id: str, policy: LinkPolicy
-) -> bool:
-    return image_id in ids_of_inode and rules.is_correct(entry, ids_of_inode, policy)
-
-
 def base_of(name: str, entry: File) -> Base:
     """Return the base that a regular file with a base's name is."""
     original_name = name.removesuffix(RETIRED_SUFFIX)
     marked_id = entry.marks.image_id if entry.marks else None
-    # A mark proves its image id by the name: it may have been written by somebody else.
+    # Somebody else may have written the mark. It is true if the id in it gives the base's name.
     is_proved = (
         marked_id is not None and is_image_id(marked_id) and cache_name(marked_id) == original_name
     )

@@ -1,7 +1,7 @@
 """Make the session with Keystone, Glance and Nova from ``OS_*`` variables or ``clouds.yaml``.
 
-Where the variables become an auth plugin: ``openrc.py``. What a service may do: ``transport.py``.
-How other libraries' exceptions become ours: ``errors.py``.
+``openrc.py`` turns the variables into an auth plugin. ``transport.py`` limits what a service may
+do. ``errors.py`` turns other libraries' exceptions into ours.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """The two directories: Glance's store and Nova's cache.
 
 This module takes the lock, lists both directories, collects facts about one image, and links or
-repairs it. It decides nothing: ``rules.py`` does. It has no call that renames or removes a file.
+repairs it. ``rules.py`` decides what happens to an image. No call here renames or removes a file,
+and link(2) refuses a name that is taken, so no file is ever replaced.
 
 It works through descriptors: both directories are opened once, and the file that is linked is the
 file that was opened and checked, whatever its name has become meanwhile. Every entry of the cache
@@ -19,13 +20,13 @@ import struct
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from ln_images.model import (
     MARKS_UNSUPPORTED,
     NO_MARKS,
     AnotherRunError,
     ConfigurationError,
+    Facts,
     File,
     LinkPolicy,
     Marks,
@@ -61,26 +62,16 @@ NOT_RESPONDING = frozenset(
     {errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EHOSTDOWN}
 )
 
-# FS_IOC_FSGETXATTR and FS_XFLAG_PROJINHERIT of linux/fs.h, and the fields of struct fsxattr.
+# A download of Nova that has not changed for this long, in seconds, is a leftover of a crash.
+_FRESH_SECONDS = 600
+
+# FS_IOC_FSGETXATTR of linux/fs.h, the fields of struct fsxattr, and the flags FS_XFLAG_IMMUTABLE,
+# FS_XFLAG_APPEND and FS_XFLAG_PROJINHERIT.
 _FSGETXATTR = 0x801C581F
-_PROJINHERIT = 0x200
 _FSXATTR = struct.Struct("=5I8x")
-
-
-class Facts(NamedTuple):
-    """What the two directories have for one image.
-
-    ``source`` is its file in the store, ``entry`` what has its cache name; None if there is none.
-    ``is_downloading`` says that Nova is downloading the image. ``entry_is_raw`` says that the entry
-    is a regular file without the magic of qcow2. ``mark_is_shared`` says that the entry's mark
-    names another image whose file is the same inode.
-    """
-
-    source: File | None
-    entry: File | None
-    is_downloading: bool = False
-    entry_is_raw: bool = False
-    mark_is_shared: bool = False
+_IMMUTABLE = 0x8
+_APPEND = 0x10
+_PROJINHERIT = 0x200
 
 
 class NotRegularError(OSError):
@@ -96,7 +87,10 @@ class LinksImpossibleError(ConfigurationError):
 
 
 class Store(contextlib.ExitStack):
-    """Glance's store and Nova's cache, both open. Use it as a context manager."""
+    """Glance's store and Nova's cache, both open. Use it as a context manager.
+
+    ``cache`` is the descriptor of the cache directory.
+    """
 
     def __init__(self, images_dir: str, cache_dir: str) -> None:
         """Open both directories.
@@ -107,17 +101,17 @@ class Store(contextlib.ExitStack):
         super().__init__()
         self.images_dir = images_dir
         self.cache_dir = cache_dir
-        with contextlib.ExitStack() as opened:
+        with contextlib.ExitStack() as stack:
             with self._using_images():
                 self._images = os.open(images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                opened.callback(os.close, self._images)
+                stack.callback(os.close, self._images)
                 images_owner = os.fstat(self._images).st_uid
             with self._using_cache():
                 _refuse_replaceable_directory(cache_dir, trusted={0, os.geteuid(), images_owner})
                 self.cache = _open_without_following(cache_dir)
-                opened.callback(os.close, self.cache)
+                stack.callback(os.close, self.cache)
                 self._refuse_impossible_pairs()
-            self.push(opened.pop_all())
+            self.push(stack.pop_all())
 
     def _using_images(self) -> contextlib.AbstractContextManager[None]:
         return _translating(f"--images-dir {self.images_dir}")
@@ -284,8 +278,8 @@ class Store(contextlib.ExitStack):
 
     def refuse_project_quota(self, descriptor: int) -> None:
         """Raise LinksImpossibleError if a project quota refuses every link (xfs(5), ext4(5))."""
-        project, inherits = _project(self.cache)
-        if inherits and _project(descriptor)[0] != project:
+        project, inherits = _read_project(self.cache)
+        if inherits and _read_project(descriptor)[0] != project:
             raise LinksImpossibleError(
                 f"{self.cache_dir} is under a project quota (project {project}) that is not the"
                 " images', and no hard link can enter it; put both directories under one project,"
@@ -295,8 +289,8 @@ class Store(contextlib.ExitStack):
     def link(self, descriptor: int, image_id: str, policy: LinkPolicy) -> None:
         """Give the open inode its attributes, and then its cache name.
 
-        The kernel refuses a name that is taken, so no file is ever replaced. If the link cannot be
-        made, the inode gets its old owner, mode and marks back.
+        In this order no compute node ever finds the name on an inode with the wrong owner or mode.
+        If the link cannot be made, the inode gets its old owner, mode and marks back.
 
         Raises FileExistsError if the name is another inode's, FileNotFoundError if Glance has
         deleted the file meanwhile, LinksImpossibleError if no link at all is possible, other
@@ -311,42 +305,6 @@ class Store(contextlib.ExitStack):
             raise
         with contextlib.suppress(OSError):
             os.removexattr(descriptor, REFUSED_MARK)
-
-    def _make_name(self, descriptor: int, name: str) -> None:
-        """Give the open inode a name in the cache, unless it has it already."""
-        try:
-            os.link(
-                f"/proc/self/fd/{descriptor}", name, dst_dir_fd=self.cache, follow_symlinks=True
-            )
-        except FileExistsError:
-            entry = self.cache_file(name)
-            if entry is None or not entry.is_same_inode(_file(os.fstat(descriptor), None)):
-                raise
-        except OSError as error:
-            if self._is_every_link_refused(error, descriptor):
-                raise self._impossible_links(error) from None
-            raise
-
-    def _is_every_link_refused(self, error: OSError, descriptor: int) -> bool:
-        """Return whether link(2) failed for a reason that is not about this one file.
-
-        EPERM is about one file if that is immutable or append-only (chattr(1)), and about the user
-        if that is not root (``fs.protected_hardlinks``, proc_sys_fs(5)).
-        """
-        if error.errno == errno.EXDEV:
-            return True
-        return error.errno == errno.EPERM and os.geteuid() == 0 and not _is_immutable(descriptor)
-
-    def _impossible_links(self, error: OSError) -> LinksImpossibleError:
-        if _is_immutable(self.cache):
-            return LinksImpossibleError(
-                f"{self.cache_dir} is immutable or append-only; run `chattr -i -a {self.cache_dir}`"
-            )
-        return LinksImpossibleError(
-            f"{self.cache_dir}: the file system refuses hard links from {self.images_dir}"
-            f" ({error.strerror}); put both directories on one file system that can link between"
-            " them, which some, such as mergerfs and BeeGFS, cannot always"
-        )
 
     def set_attributes(self, descriptor: int, image_id: str, policy: LinkPolicy) -> None:
         """Set owner, mode and marks of the open inode, each only if it differs, and read them back.
@@ -381,6 +339,45 @@ class Store(contextlib.ExitStack):
                 f" {policy.owner.uid}:{policy.owner.gid} {policy.mode:04o}; the file system does"
                 " not keep them (CIFS and some FUSE file systems do not); use another"
             )
+
+    def _make_name(self, descriptor: int, name: str) -> None:
+        """Give the open inode a name in the cache, unless it has it already.
+
+        If another inode has the name, link(2) fails with EEXIST and replaces nothing.
+        """
+        try:
+            os.link(
+                f"/proc/self/fd/{descriptor}", name, dst_dir_fd=self.cache, follow_symlinks=True
+            )
+        except FileExistsError:
+            entry = self.cache_file(name)
+            if entry is None or not entry.is_same_inode(_file(os.fstat(descriptor), None)):
+                raise
+        except OSError as error:
+            if self._is_every_link_refused(error, descriptor):
+                raise self._impossible_links(error) from None
+            raise
+
+    def _is_every_link_refused(self, error: OSError, descriptor: int) -> bool:
+        """Return whether link(2) failed for a reason that is not about this one file.
+
+        EPERM is about one file if that is immutable or append-only (chattr(1)), and about the user
+        if that is not root (``fs.protected_hardlinks``, proc_sys_fs(5)).
+        """
+        if error.errno == errno.EXDEV:
+            return True
+        return error.errno == errno.EPERM and os.geteuid() == 0 and not _is_immutable(descriptor)
+
+    def _impossible_links(self, error: OSError) -> LinksImpossibleError:
+        if _is_immutable(self.cache):
+            return LinksImpossibleError(
+                f"{self.cache_dir} is immutable or append-only; run `chattr -i -a {self.cache_dir}`"
+            )
+        return LinksImpossibleError(
+            f"{self.cache_dir}: the file system refuses hard links from {self.images_dir}"
+            f" ({error.strerror}); put both directories on one file system that can link between"
+            " them, which some, such as mergerfs and BeeGFS, cannot always"
+        )
 
     def remember_refusal(self, descriptor: int, key: str, verdict: Verdict) -> None:
         """Leave a mark that says why a file was refused.
@@ -420,7 +417,7 @@ def open_regular(name: str, directory: int) -> Iterator[int]:
     handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise NotRegularError(errno.EINVAL, "Not a regular file", name)
+            raise NotRegularError(errno.ENXIO, "Not a regular file", name)
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(f"/proc/self/fd/{handle}", flags)
     finally:
@@ -434,10 +431,9 @@ def open_regular(name: str, directory: int) -> Iterator[int]:
 def is_fresh_download(file: File, now: float) -> bool:
     """Return whether a ``.part`` or ``.converted`` file shows that Nova is at work.
 
-    After ten minutes without a change it is a leftover of a crash. ``now`` is in seconds since the
-    epoch. Nova makes regular files only.
+    ``now`` is in seconds since the epoch. Nova makes regular files only.
     """
-    return stat.S_ISREG(file.mode) and abs(now - file.changed) < 600
+    return stat.S_ISREG(file.mode) and abs(now - file.changed) < _FRESH_SECONDS
 
 
 def read_marks(file: int | str) -> Marks:
@@ -480,8 +476,8 @@ def _set_mark(descriptor: int, name: str, value: str) -> None:
     try:
         os.setxattr(descriptor, name, value.encode())
     except OSError as error:
-        # On ext4 all extended attributes of a file share one block (ext4(5), ea_inode). It says
-        # ENOSPC, which a file system that is full says as well.
+        # On ext4 all extended attributes of a file share one block (ext4(5), ea_inode). If that is
+        # full, the error is ENOSPC, as on a file system that is full.
         is_block_full = error.errno == errno.ENOSPC and not _is_file_system_full(descriptor)
         if is_block_full or error.errno == errno.E2BIG:
             raise AttributesNotKeptError(
@@ -497,7 +493,10 @@ def _is_file_system_full(descriptor: int) -> bool:
 
 
 def _restore_attributes(descriptor: int, before: File) -> None:
-    """Give an inode back the owner, mode and marks that it had."""
+    """Give an inode back the owner, mode and marks that it had.
+
+    The mark ``unused_since`` stays away: without it the clean-up only waits longer.
+    """
     with contextlib.suppress(OSError):
         os.fchown(descriptor, before.owner.uid, before.owner.gid)
         os.fchmod(descriptor, stat.S_IMODE(before.mode))
@@ -525,7 +524,8 @@ def _file(status: os.stat_result, marks: Marks | None) -> File:
         owner=Owner(status.st_uid, status.st_gid),
         size=status.st_size,
         changed=status.st_ctime,
-        modified=status.st_mtime,
+        # After truncate(2), ceph-fuse 16.2 leaves an mtime of 0.
+        modified=status.st_mtime or status.st_ctime,
         marks=marks,
     )
 
@@ -627,8 +627,11 @@ def _mount_id(descriptor: int) -> str:
     return next(line for line in lines if line.startswith("mnt_id:"))
 
 
-def _fsxattr(descriptor: int) -> tuple[int, int]:
-    """Return the flags and the project of an inode (linux/fs.h, ``struct fsxattr``)."""
+def _read_fsxattr(descriptor: int) -> tuple[int, int]:
+    """Return the flags and the project of an inode (linux/fs.h, ``struct fsxattr``).
+
+    A file system that has neither counts as one where both are 0.
+    """
     fields = bytearray(_FSXATTR.size)
     try:
         fcntl.ioctl(descriptor, _FSGETXATTR, fields)
@@ -638,13 +641,13 @@ def _fsxattr(descriptor: int) -> tuple[int, int]:
     return flags, project
 
 
-def _project(descriptor: int) -> tuple[int, bool]:
+def _read_project(descriptor: int) -> tuple[int, bool]:
     """Return an inode's project, and whether a directory gives it to what is linked there."""
-    flags, project = _fsxattr(descriptor)
+    flags, project = _read_fsxattr(descriptor)
     return project, bool(flags & _PROJINHERIT)
 
 
 def _is_immutable(descriptor: int) -> bool:
-    """Return whether a file is immutable or append-only (FS_XFLAG_IMMUTABLE, FS_XFLAG_APPEND)."""
-    flags, _project = _fsxattr(descriptor)
-    return bool(flags & (0x8 | 0x10))
+    """Return whether a file is immutable or append-only (chattr(1))."""
+    flags, _ = _read_fsxattr(descriptor)
+    return bool(flags & (_IMMUTABLE | _APPEND))

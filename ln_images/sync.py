@@ -60,7 +60,9 @@ def link_image(image: Image, store: Store, policy: LinkPolicy, dry_run: bool) ->
     """
     verdict = rules.judge_image(image, policy)
     if verdict is not None and verdict.reason is not Reason.SIGNED:
-        # No file could change that. It also keeps an id of another form from becoming a file name.
+        # No file can change this verdict. An id of another form gets one here as well, so it never
+        # becomes a file name. A signed image goes on, because it may have been linked before it was
+        # signed, and only the directories show that.
         return verdict
     try:
         decision = _decide(image, store, policy)
@@ -69,7 +71,7 @@ def link_image(image: Image, store: Store, policy: LinkPolicy, dry_run: bool) ->
         with store.open_image(image.id) as descriptor:
             return _link_open_file(image, store, policy, descriptor, dry_run)
     except OSError as error:
-        return _explain(error, image, store, policy)
+        return _judge_failure(error, image, store, policy)
     except AttributesNotKeptError as error:
         return Verdict(Outcome.FAILED, Reason.ATTRIBUTES_NOT_KEPT, str(error))
 
@@ -137,11 +139,11 @@ def _carry_out(
     return decision.verdict
 
 
-def _explain(error: OSError, image: Image, store: Store, policy: LinkPolicy) -> Verdict:
+def _judge_failure(error: OSError, image: Image, store: Store, policy: LinkPolicy) -> Verdict:
     """Return the verdict on an image for which a system call failed.
 
-    Glance may have deleted the file after the first look, or something else has its name by now:
-    then the rules have a verdict for that.
+    If Glance has deleted the file since the first decision, or if something else has its name by
+    now, the rules have a verdict for that.
     """
     if isinstance(error, (FileNotFoundError, NotRegularError)):
         with contextlib.suppress(OSError):
@@ -162,9 +164,9 @@ def _judge_error(error: OSError, store: Store) -> Verdict:
 class SyncOptions:
     """What the passes of one process have in common.
 
-    With ``query_all`` every image is queried and every link is looked at by itself. With
-    ``list_in_flight`` the images are reported that have no file here because they are not finished.
-    ``lock_wait`` is in seconds. ``repeats`` says that the process makes many passes.
+    With ``query_all`` Glance is queried about every image, even if the scan shows that its link is
+    correct. With ``list_in_flight`` the images are reported that have no file here because they are
+    not finished. ``lock_wait`` is in seconds. ``repeats`` says that the process makes many passes.
     """
 
     images_dir: str
@@ -228,13 +230,13 @@ class _PassLog:
         removed = self._removed_links.count_if_new(results)
         if removed:
             LOG.warning(
-                "%d links were missing and are made again: something removes them, or the store was"
-                " restored without the cache; set remove_unused_base_images = False on every"
+                "links were missing and are made again (%d): something removes them, or the store"
+                " was restored without the cache; set remove_unused_base_images = False on every"
                 " compute node",
                 removed,
             )
 
-    def log_cache(self, pass_: Pass, found: Scan) -> None:
+    def log_cache(self, pass_: Pass, on_disk: Scan) -> None:
         """Log what is to be known of the cache directory itself."""
         cache_dir, owner = self._options.cache_dir, pass_.directory_owner
         if owner is not None:
@@ -242,10 +244,10 @@ class _PassLog:
                 f"{cache_dir} belongs to {owner.uid}:{owner.gid}; Nova must be able to write there"
             )
         foreign_names = None
-        if found.has_more_bases:
+        if on_disk.has_more_bases:
             foreign_names = (
                 f"{cache_dir} has so many names that belong to no image in the store that only"
-                f" {len(found.bases)} of its bases are counted; find out what creates them"
+                f" {len(on_disk.bases)} of its bases are counted; find out what creates them"
             )
         self._foreign_names.log(foreign_names)
 
@@ -273,43 +275,46 @@ class Sync:
         """
         options, timer = self._options, _Timer()
         with self._locked_store(timer) as store:
-            found = scan(store, options.policy, trust_links=not options.query_all)
-            files = self._look_at(store, found.unsettled)
+            on_disk = scan(store, None if options.query_all else options.policy)
+            files = self._read_files(store, on_disk.to_check)
             recalled = self._verdicts.recall(files)
-            answer = self._query(found, recalled)
-            warning = require_same_cloud(store, found, recalled, answer, self._glance)
-            settled = _list_settled(found, answer)
-            results = self._link(store, answer.images, settled)
-            results += self._list_others(store, found, answer, recalled)
+            answer = self._query(on_disk, recalled)
+            warning = require_same_cloud(store, on_disk, recalled, answer, self._glance)
+            present = _list_present(on_disk, answer)
+            results = self._link_images(store, answer.images, present)
+            results += _list_recalled(answer, recalled)
+            results += _list_unknown(store, on_disk, answer, recalled)
+            results += _list_broken(on_disk)
             owner = store.directory_owner()
         if options.repeats:
             self._verdicts.remember(files, results)
-        self._reclaimable = reclaimable(found.bases)
+        self._reclaimable = reclaimable(on_disk.bases)
         pass_ = Pass(
             command=Command.LINK,
             started_at=timer.started_at,
             duration=timer.duration(),
             dry_run=options.dry_run,
             results=results,
-            settled=settled,
+            present=present,
             reclaimable=self._reclaimable,
             directory_owner=owner,
             lock_seconds=timer.lock_seconds,
         )
         self._log.store_warning.log(warning)
         self._log.log_results(results, partial=False)
-        self._log.log_cache(pass_, found)
+        self._log.log_cache(pass_, on_disk)
         return pass_
 
     def partial_pass(self, ids: Collection[str]) -> Pass:
         """Run a pass over a few images, without a scan of the rest. Raises as :meth:`full_pass`.
 
-        Its disk usage is that of the last full pass.
+        Its disk usage is that of the last full pass. It does not check that this is the right
+        cloud: it links only what Glance shows under the id of a file here, which proves that.
         """
         timer = _Timer()
         with self._locked_store(timer) as store:
             images = self._glance.list_ids(sorted(ids))
-            results = self._link(store, images, settled=())
+            results = self._link_images(store, images, present=())
         self._log.log_results(results, partial=True)
         return Pass(
             command=Command.LINK,
@@ -336,10 +341,10 @@ class Sync:
             with lock, timer.measuring_lock():
                 yield store
 
-    def _look_at(self, store: Store, ids: Iterable[str]) -> dict[str, File]:
+    def _read_files(self, store: Store, ids: Iterable[str]) -> dict[str, File]:
         """Return the files of images, for the verdicts that are remembered between passes.
 
-        They are looked at before they are judged, so that a change in between is noticed.
+        They are read before they are judged, so that a change in between is noticed.
         """
         if not self._options.repeats:
             return {}
@@ -351,31 +356,34 @@ class Sync:
                     files[image_id] = file
         return files
 
-    def _query(self, found: Scan, recalled: Collection[str]) -> Answer:
+    def _query(self, on_disk: Scan, recalled: Collection[str]) -> Answer:
         """Query Glance about every image, or only about those that the scan leaves open."""
-        ids = [image_id for image_id in found.unsettled if image_id not in recalled]
+        ids = [image_id for image_id in on_disk.to_check if image_id not in recalled]
         warning = None
         if self._options.query_all or len(ids) > _MOST_IDS:
             try:
-                return Answer(self._glance.list_all(), is_complete=True)
+                images = self._glance.list_all()
             except AnswerTooLargeError as error:
                 warning = f"{error}; this pass queries only images with a file here"
+            else:
+                self._log.answer_warning.log(None)
+                return Answer(images, is_complete=True)
         self._log.answer_warning.log(warning)
         images = self._glance.list_ids(ids)
         if self._options.list_in_flight:
             images |= self._glance.list_in_flight()
         return Answer(images, is_complete=False)
 
-    def _link(
-        self, store: Store, images: Mapping[str, Image], settled: Collection[str]
+    def _link_images(
+        self, store: Store, images: Mapping[str, Image], present: Collection[str]
     ) -> list[Result]:
         """Link what needs a link among ``images``, and return what became of each."""
         options = self._options
         results: list[Result] = []
-        done = frozenset(settled)
-        unsettled = [image for image_id, image in images.items() if image_id not in done]
-        with self._progress("Linking", len(unsettled)) as bar:
-            for image in unsettled:
+        done = frozenset(present)
+        to_check = [image for image_id, image in images.items() if image_id not in done]
+        with self._progress("Linking", len(to_check)) as bar:
+            for image in to_check:
                 try:
                     verdict = link_image(image, store, options.policy, options.dry_run)
                 except LnImagesError:
@@ -386,34 +394,45 @@ class Sync:
                 bar.update(1)
         return results
 
-    def _list_others(
-        self, store: Store, found: Scan, answer: Answer, recalled: Mapping[str, Result]
-    ) -> Iterator[Result]:
-        """Yield the results of what is on disk and not among the images of Glance's answer.
 
-        A complete answer is newer than what was recalled, and covers the settled images as well.
-        """
-        if answer.is_complete:
-            recalled = {}
-            without_image = {*found.settled, *found.unsettled} - answer.images.keys()
-        else:
-            without_image = set(found.unsettled) - answer.images.keys() - recalled.keys()
-        yield from (
-            result for image_id, result in recalled.items() if image_id not in answer.images
-        )
-        for image_id in sorted(without_image):
-            result = _judge_unknown(image_id, store)
-            if result is not None:
-                yield result
-        for name, verdict in found.broken.items():
-            yield Result(cache_name=name, verdict=verdict)
-
-
-def _list_settled(found: Scan, answer: Answer) -> Sequence[str]:
+def _list_present(on_disk: Scan, answer: Answer) -> Sequence[str]:
     """Return the images whose links are correct, without those that Glance has forgotten."""
     if not answer.is_complete:
-        return found.settled
-    return [image_id for image_id in found.settled if image_id in answer.images]
+        return on_disk.present
+    return [image_id for image_id in on_disk.present if image_id in answer.images]
+
+
+def _list_recalled(answer: Answer, recalled: Mapping[str, Result]) -> Sequence[Result]:
+    """Return the results of an earlier pass that Glance's answer does not replace.
+
+    A complete answer replaces all of them.
+    """
+    if answer.is_complete:
+        return []
+    return [result for image_id, result in recalled.items() if image_id not in answer.images]
+
+
+def _list_unknown(
+    store: Store, on_disk: Scan, answer: Answer, recalled: Collection[str]
+) -> Sequence[Result]:
+    """Return the results for the files in the store that Glance does not know.
+
+    A complete answer covers the files that were not queried about as well: those whose link is
+    correct, and those that were recalled.
+    """
+    if answer.is_complete:
+        covered = on_disk.ids_in_store
+    else:
+        covered = set(on_disk.to_check).difference(recalled)
+    results = [
+        _judge_unknown(image_id, store) for image_id in sorted(covered - answer.images.keys())
+    ]
+    return [result for result in results if result is not None]
+
+
+def _list_broken(on_disk: Scan) -> Sequence[Result]:
+    """Return the results for the entries of the cache that the scan could not read."""
+    return [Result(cache_name=name, verdict=verdict) for name, verdict in on_disk.broken.items()]
 
 
 def _judge_unknown(image_id: str, store: Store) -> Result | None:

@@ -11,6 +11,7 @@
 import contextlib
 import re
 import signal
+import time
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
@@ -46,6 +47,7 @@ class Transport(TCPKeepAliveAdapter):
         self._response_seconds = response_seconds
         self._allowed: list[str] = []
         self._requested: list[str] | None = None
+        self._deadline = 0.0
         super().__init__()
 
     def allow(self, url: str) -> None:
@@ -68,9 +70,15 @@ class Transport(TCPKeepAliveAdapter):
         headers and body byte by byte for ever. Even without a response there may be no end:
         keystoneauth1 5.18.1 waits for its own lock if discovery is answered with 401. Each request
         starts the alarm anew. A query within another one has the alarm to itself.
+
+        The alarm rings every second. So Python handles a SIGTERM within a second even if that
+        arrived directly before a system call that waits. It also rings again if a library swallows
+        the exception.
         """
 
         def interrupt(*_: object) -> None:
+            if time.monotonic() < self._deadline:
+                return
             raise TemporaryError(
                 f"{service} did not send a complete response within"
                 f" {self._response_seconds:g} s; check its log and the network"
@@ -124,8 +132,9 @@ class Transport(TCPKeepAliveAdapter):
             self._allowed.append(url)
 
     def _start_alarm(self) -> None:
-        # The alarm repeats every second in case a library swallows the first exception.
-        signal.setitimer(signal.ITIMER_REAL, self._response_seconds, 1)
+        self._deadline = time.monotonic() + self._response_seconds
+        tick = min(1.0, self._response_seconds)
+        signal.setitimer(signal.ITIMER_REAL, tick, tick)
 
     def _refuse_other_urls(self, url: str) -> None:
         is_allowed = any(_is_below(url, allowed) for allowed in self._allowed)

@@ -189,9 +189,9 @@ class Verifier:
         """
         from ln_images.same_cloud import Answer, require_same_cloud
 
-        found = scan(store, self._policy)
+        on_disk = scan(store, self._policy)
         answer = Answer(images={}, is_complete=False)
-        warning = require_same_cloud(store, found, [], answer, self._glance)
+        warning = require_same_cloud(store, on_disk, [], answer, self._glance)
         if warning is not None:
             LOG.warning("%s", warning)
 

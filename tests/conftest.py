@@ -36,10 +36,8 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
 @pytest.fixture
 def node(cloud: Cloud, request: pytest.FixtureRequest) -> Iterator[Node]:
     """Make a storage node with an empty cache, and remove the cloud's images in the end."""
-    cache = (
-        cloud.directory
-        / f"cache-{hashlib.sha1(request.node.nodeid.encode(), usedforsecurity=False).hexdigest()[:12]}"
-    )
+    digest = hashlib.sha1(request.node.nodeid.encode(), usedforsecurity=False).hexdigest()
+    cache = cloud.directory / f"cache-{digest[:12]}"
     cache.mkdir()
     yield Node(cloud, cache)
     cloud.clear()

@@ -8,12 +8,14 @@ from pathlib import Path
 import click
 
 import ln_images.cli
+import ln_images.prune.cli
 import ln_images.verify
 from ln_images import __version__
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
 COMMANDS: dict[str, click.Command] = {
     "ln-images": ln_images.cli.main,
+    "ln-images-prune": ln_images.prune.cli.main,
     "ln-images-verify": ln_images.verify.main,
 }
 

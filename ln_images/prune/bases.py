@@ -4,6 +4,7 @@ Each action checks again that the file is the one that was judged. No action eve
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 
@@ -21,13 +22,20 @@ def carry_out(store: Store, base: Base, decision: Decision, now: float) -> Verdi
     The caller holds the lock. ``now``, in seconds since the epoch, becomes the mark of a base that
     is marked or retired. Raises OSError.
     """
+    renames = decision.action in (Action.RESTORE, Action.RETIRE)
     try:
         with open_regular(stored_name(base), store.cache) as descriptor:
             if store.open_file(descriptor) != base.file:
                 return _changed()
-            return _carry_out(store, base, descriptor, decision, now)
+            if renames and store.is_downloading(base.name):
+                # The download would replace what has the name.
+                return Verdict(Outcome.KEPT, Reason.NOVA_IS_DOWNLOADING, "Nova is downloading it")
+            _act(store, base, descriptor, decision.action, now)
     except (FileNotFoundError, NotRegularError):
         return _changed()
+    except FileExistsError:
+        return _name_taken(base)
+    return decision.verdict
 
 
 def stored_name(base: Base) -> str:
@@ -40,78 +48,61 @@ def other_name(base: Base) -> str:
     return base.name if base.retired else base.name + RETIRED_SUFFIX
 
 
-def _carry_out(
-    store: Store, base: Base, descriptor: int, decision: Decision, now: float
-) -> Verdict:
-    action = decision.action
-    renames = action in (Action.RESTORE, Action.RETIRE)
-    if renames and store.is_downloading(base.name):
-        # The download would replace what has the name.
-        return Verdict(Outcome.KEPT, Reason.NOVA_IS_DOWNLOADING, "Nova is downloading it")
+def _act(store: Store, base: Base, descriptor: int, action: Action | None, now: float) -> None:
     if action is Action.SET_MARK:
         _set_mark(descriptor, now)
     elif action is Action.REMOVE_MARK:
         os.removexattr(descriptor, UNUSED_SINCE_MARK)
-    elif action is Action.REMOVE:
-        os.unlink(stored_name(base), dir_fd=store.cache)
     elif action is Action.RETIRE:
         # In the other order, a crash in between would leave a retired base with its old mark, and
         # the next pass would remove it.
         _set_mark(descriptor, now)
-        return _rename(store, base, decision.verdict)
+        _rename(store.cache, stored_name(base), other_name(base))
     elif action is Action.RESTORE:
-        verdict = _rename(store, base, decision.verdict)
-        if verdict is decision.verdict:
-            # Without a mark, or if that fails, the next pass removes it.
-            with contextlib.suppress(OSError):
-                os.removexattr(descriptor, UNUSED_SINCE_MARK)
-        return verdict
-    return decision.verdict
+        _rename(store.cache, stored_name(base), other_name(base))
+        # The base may have no mark. If the mark cannot be removed, the next pass tries again.
+        with contextlib.suppress(OSError):
+            os.removexattr(descriptor, UNUSED_SINCE_MARK)
+    elif action is Action.REMOVE:
+        os.unlink(stored_name(base), dir_fd=store.cache)
 
 
 def _changed() -> Verdict:
     return Verdict(Outcome.KEPT, Reason.CHANGED_MEANWHILE, "it has changed since it was looked at")
 
 
+def _name_taken(base: Base) -> Verdict:
+    # Nobody loses anything if a base is not retired. One that is not restored is missing.
+    outcome = Outcome.FAILED if base.retired else Outcome.KEPT
+    return Verdict(
+        outcome,
+        Reason.NAME_TAKEN,
+        f"another file has the name {other_name(base)}; follow docs/recovery.md",
+    )
+
+
 def _set_mark(descriptor: int, now: float) -> None:
     os.setxattr(descriptor, UNUSED_SINCE_MARK, f"{now:.6f}".encode())
 
 
-def _rename(store: Store, base: Base, verdict: Verdict) -> Verdict:
-    """Give a base its other name. Return ``verdict``, or why another file has that name."""
-    old, new = stored_name(base), other_name(base)
-    try:
-        _rename_without_replacing(store.cache, old, new)
-    except FileExistsError:
-        outcome = Outcome.FAILED if base.retired else Outcome.KEPT
-        return Verdict(
-            outcome,
-            Reason.NAME_TAKEN,
-            f"another file has the name {new}; follow docs/recovery.md",
-        )
-    return verdict
-
-
-def _rename_without_replacing(directory: int, old: str, new: str) -> None:
-    """Rename in the cache. Raises FileExistsError if the new name is another file's.
-
-    NFS and CephFS have no rename that replaces nothing (EINVAL). There we link and unlink. A crash
-    between the two leaves both names to one inode, and the next pass ends that.
-    """
+def _rename(directory: int, old: str, new: str) -> None:
+    """Rename in the cache. Raises FileExistsError if the new name is another file's."""
     # Python's own rename replaces what has the new name.
-    import ctypes
-
     libc = ctypes.CDLL(None, use_errno=True)
     result = libc.renameat2(directory, old.encode(), directory, new.encode(), _RENAME_NOREPLACE)
+    number = ctypes.get_errno()
     if result == 0:
         return
-    number = ctypes.get_errno()
-    if number not in (errno.EINVAL, errno.ENOSYS, errno.EEXIST):
+    if number in (errno.EINVAL, errno.ENOSYS):
+        # NFS and CephFS have no rename that replaces nothing. We link and unlink.
+        with contextlib.suppress(FileExistsError):
+            os.link(old, new, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
+    elif number != errno.EEXIST:
         raise OSError(number, os.strerror(number))
-    try:
-        os.link(old, new, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
-    except FileExistsError:
-        statuses = [os.stat(name, dir_fd=directory, follow_symlinks=False) for name in (old, new)]
-        if not os.path.samestat(*statuses):
-            raise
+    # Both names exist. If they are of one inode, we have just linked it, or a run ended between
+    # the link and the unlink.
+    old_status = os.stat(old, dir_fd=directory, follow_symlinks=False)
+    new_status = os.stat(new, dir_fd=directory, follow_symlinks=False)
+    if not os.path.samestat(old_status, new_status):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
     os.unlink(old, dir_fd=directory)

@@ -4,12 +4,11 @@ Everything is decided before anything is done. The lock is held only for one act
 that a pass of ``ln-images`` hardly ever waits.
 """
 
-import contextlib
 import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -30,17 +29,16 @@ from ln_images.model import (
     Verdict,
 )
 from ln_images.prune.bases import carry_out, other_name
-from ln_images.prune.evidence import MOST_AGE, Clock, Cloud, Evidence, gather
+from ln_images.prune.evidence import Cloud, Evidence, boot_time, gather
+from ln_images.prune.lost import find_missing, is_there
 from ln_images.prune.nodes import Node, list_nodes, node_document
 from ln_images.prune.reports import Reports, read_reports
 from ln_images.prune.rules import (
-    TAKES,
+    NEEDS_FRESH_EVIDENCE,
     Decision,
     Facts,
     Policy,
     decide,
-    is_fresh,
-    join,
 )
 from ln_images.rules import judge_error
 from ln_images.scan import MOST_BASES, RETIRED_SUFFIX, Scan, base_of, reclaimable, scan
@@ -78,149 +76,133 @@ class CleanUp(NamedTuple):
     is_blocked: bool
 
 
-def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], clock: Clock) -> CleanUp:
-    """Run one pass. Raises LnImagesError if the directories cannot be opened.
+def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], start: float) -> CleanUp:
+    """Run one pass, which started at ``start`` (:func:`boot_time`).
 
-    ``clock`` has just been started. ``query`` queries the cloud. If it raises LnImagesError, that
-    is the error of the pass, and the bases that reports name are restored nevertheless.
+    ``query`` queries the cloud. If it raises LnImagesError, that is the error of the pass, and the
+    bases that reports name are restored nevertheless. Raises LnImagesError if the directories
+    cannot be opened.
     """
-    started_at, start = datetime.now(UTC), time.monotonic()
+    started_at = datetime.now(UTC)
+    policy = options.policy
     with Store(options.images_dir, options.cache_dir) as store:
-        # The reports are read before the cache is scanned: what they name was there before.
+        # Reports, scan, Glance, in this order: what the reports name was in the cache before the
+        # scan, and the scan is never newer than Glance's answer.
         reports = read_reports(options.reports_dir)
         found = scan(store, policy=None)
-        bases = [*found.bases, *_find_named(store, found, reports)]
+        bases = [*found.bases, *_find_unscanned(store, found, reports)]
         now = time.time()
-        missing = _find_missing(store, reports, options.policy, now)
+        missing = find_missing(store, reports, policy, now)
         evidence = gather(
-            clock=clock,
+            store=store,
+            found=found,
             reports=reports,
             query=query,
-            policy=options.policy,
-            bases=bases,
-            ids_in_store=found.unsettled,
+            policy=policy,
+            start=start,
             now=now,
         )
-        decisions, evidence = _decide_all(store, bases, evidence, options.policy)
-        results, lock_error = _act_on_all(store, decisions, evidence.clock, options)
-        left = reclaimable(list(_list_left(decisions, results)))
-        results += [
-            Result(cache_name=name, verdict=broken) for name, broken in found.broken.items()
-        ]
-        results += _list_lost(store, missing, reports)
-    errors = [*evidence.errors, *([lock_error] if lock_error else [])]
-    _log(results, errors, evidence)
-    nodes = list_nodes(evidence.hosts, reports, options.policy, now)
+        decisions = [(base, decide_on_base(base, store, evidence, policy)) for base in bases]
+        verdicts, lock_error = _act_on_all(decisions, store, evidence, options)
+        # A base is lost only if a second look does not find it either.
+        lost = [result for result in missing if not is_there(store, result.cache_name)]
+
+    results = [_result(base, verdict) for base, verdict in verdicts]
+    results += [Result(cache_name=name, verdict=verdict) for name, verdict in found.broken.items()]
+    results.sort(key=lambda result: result.cache_name)
+    results += lost
+    errors: list[LnImagesError] = list(evidence.errors)
+    if lock_error is not None:
+        errors.append(lock_error)
+    _log(results, errors, evidence, found)
+    nodes = list_nodes(evidence.hosts, reports, policy, now)
     pass_ = Pass(
         command=Command.PRUNE,
         started_at=started_at,
-        duration=time.monotonic() - start,
+        duration=boot_time() - start,
         dry_run=options.dry_run,
         results=results,
-        reclaimable=left,
+        reclaimable=reclaimable(_list_left(verdicts)),
         error=_find_most_severe(errors),
         extra={"nodes": [node_document(node) for node in nodes]},
     )
-    has_no_marks = any(result.verdict.reason is Reason.NO_MARKS for result in results)
-    return CleanUp(pass_, nodes, evidence.situation.blocker is not None or has_no_marks)
+    return CleanUp(pass_, nodes, is_blocked=evidence.blocker is not None or _lacks_marks(results))
 
 
-def _find_named(store: Store, found: Scan, reports: Reports) -> list[Base]:
-    """Return the retired bases that a report names and that the scan did not reach."""
-    bases: list[Base] = []
-    if not found.has_more_bases:
-        return bases
-    LOG.warning(
-        "the cache has more than %d bases that belong to no image in the store; the others are not"
-        " removed; find out what creates them",
-        MOST_BASES,
-    )
-    seen = {base.name for base in found.bases if base.retired}
-    named = {
-        name for report in reports.readable.values() for name in [*report.bases, *report.recent]
-    }
-    for name in sorted(named - seen):
-        # What cannot be looked at is a result of its own if the scan reaches it.
-        with contextlib.suppress(OSError):
-            file = store.cache_file(name + RETIRED_SUFFIX)
-            if file is not None and stat.S_ISREG(file.mode):
-                bases.append(base_of(name + RETIRED_SUFFIX, file))
-    return bases
-
-
-def _decide_all(
-    store: Store, bases: Sequence[Base], evidence: Evidence, policy: Policy
-) -> tuple[list[tuple[Base, Decision]], Evidence]:
-    """Decide about each base. Return the evidence with what failed meanwhile."""
-    decisions = []
-    for base in bases:
-        try:
-            decision = _decide(store, base, evidence, policy)
-        except LnImagesError as error:
-            # Glance cannot be queried about this image, so from now on nothing may go.
-            evidence = evidence.with_error(error)
-            decision = _decide(store, base, evidence, policy)
-        decisions.append((base, decision))
-    return decisions, evidence
-
-
-def _decide(store: Store, base: Base, evidence: Evidence, policy: Policy) -> Decision:
-    """Decide about one base. Raises LnImagesError if Glance cannot be queried about its image."""
+def decide_on_base(base: Base, store: Store, evidence: Evidence, policy: Policy) -> Decision:
+    """Decide about one base: facts, rules, and a query about its image before anything goes."""
     now = time.time()
     try:
         facts = Facts(
             base=base,
             namesake=store.cache_file(other_name(base)),
             users=evidence.reports.users(base.name, since=now - policy.after),
-            image_status=evidence.images.status(base),
+            image_status=evidence.image_status(base),
             is_downloading=store.is_downloading(base.name),
+            blocker=evidence.blocker,
+            reports_begun=evidence.reports_begun,
         )
     except OSError as error:
         return Decision(judge_error(error, is_root=os.geteuid() == 0))
-    decision = decide(facts, evidence.situation, policy, now)
-    if decision.action not in TAKES or base.image_id is None:
+    decision = decide(facts, policy, now)
+    if decision.action not in NEEDS_FRESH_EVIDENCE or base.image_id is None:
         return decision
+
     # An image that is in no list may exist all the same.
     if not evidence.has_time_to_query():
         return Decision(_EVIDENCE_TOO_OLD)
-    if not evidence.has_image(base.image_id):
-        return decision
-    return decide(facts._replace(image_status="unlisted"), evidence.situation, policy, now)
+    try:
+        if evidence.has_image(base.image_id):
+            facts = facts._replace(image_status="unlisted")
+    except LnImagesError as error:
+        # Glance cannot be queried any more, so from now on nothing may go.
+        evidence.errors.append(error)
+        facts = facts._replace(blocker=evidence.blocker)
+    return decide(facts, policy, now)
 
 
 def _act_on_all(
-    store: Store,
     decisions: Sequence[tuple[Base, Decision]],
-    clock: Clock,
+    store: Store,
+    evidence: Evidence,
     options: CleanUpOptions,
-) -> tuple[list[Result], AnotherRunError | None]:
+) -> tuple[list[tuple[Base, Verdict]], AnotherRunError | None]:
     """Carry out the decisions, those first that give something back.
 
-    Return a result for each, and the error if another run held the lock too long.
+    Return what became of each base, and the error if another run held the lock too long. After that
+    error nothing else is done.
     """
-    results = {}
+    verdicts = []
     lock_error: AnotherRunError | None = None
-    for base, decision in sorted(decisions, key=lambda pair: pair[1].action in TAKES):
+    for base, decision in sorted(decisions, key=_takes):
         verdict = decision.verdict
-        if decision.action is not None and not options.dry_run:
-            if lock_error is None:
-                try:
-                    verdict = _act(store, base, decision, clock, options.lock_wait)
-                except AnotherRunError as error:
-                    lock_error = error
-            if lock_error is not None:
-                verdict = Verdict(Outcome.KEPT, Reason.BLOCKED, lock_error.message)
-        results[base] = _result(base, verdict)
-    return [results[base] for base, _ in decisions], lock_error
+        must_act = decision.action is not None and not options.dry_run
+        if must_act and lock_error is None:
+            try:
+                verdict = _act(base, decision, store, evidence, options.lock_wait)
+            except AnotherRunError as error:
+                lock_error = error
+        if must_act and lock_error is not None:
+            verdict = Verdict(Outcome.KEPT, Reason.BLOCKED, lock_error.message)
+        verdicts.append((base, verdict))
+    return verdicts, lock_error
 
 
-def _act(store: Store, base: Base, decision: Decision, clock: Clock, lock_wait: float) -> Verdict:
+def _takes(base_and_decision: tuple[Base, Decision]) -> bool:
+    """Return whether a decision may take a base from somebody. False sorts before True."""
+    _, decision = base_and_decision
+    return decision.action in NEEDS_FRESH_EVIDENCE
+
+
+def _act(
+    base: Base, decision: Decision, store: Store, evidence: Evidence, lock_wait: float
+) -> Verdict:
     """Carry out one decision, log it, and return what became of the base.
 
     Raises AnotherRunError.
     """
     with store.locked(lock_wait), interrupts.held_back():
-        if decision.action in TAKES and clock.age() > MOST_AGE:
+        if decision.action in NEEDS_FRESH_EVIDENCE and evidence.is_too_old():
             return _EVIDENCE_TOO_OLD
         try:
             verdict = carry_out(store, base, decision, time.time())
@@ -231,73 +213,49 @@ def _act(store: Store, base: Base, decision: Decision, clock: Clock, lock_wait: 
         return verdict
 
 
+def _find_unscanned(store: Store, found: Scan, reports: Reports) -> list[Base]:
+    """Return the retired bases that a report names and that the scan did not reach.
+
+    A node can create more names in the cache than the scan looks at.
+    """
+    if not found.has_more_bases:
+        return []
+    scanned = {base.name for base in found.bases if base.retired}
+    bases = []
+    for name in sorted(reports.names() - scanned):
+        try:
+            file = store.cache_file(name + RETIRED_SUFFIX)
+        except OSError:
+            continue
+        if file is not None and stat.S_ISREG(file.mode):
+            bases.append(base_of(name + RETIRED_SUFFIX, file))
+    return bases
+
+
+def _list_left(verdicts: Sequence[tuple[Base, Verdict]]) -> list[Base]:
+    """Return the bases that are left, as they are now; in a dry run, as they would be."""
+    left = []
+    for base, verdict in verdicts:
+        if verdict.outcome is Outcome.RESTORED:
+            left.append(base._replace(retired=False))
+        elif verdict.outcome is Outcome.RETIRED:
+            left.append(base._replace(retired=True))
+        elif verdict.outcome is not Outcome.PRUNED:
+            left.append(base)
+    return left
+
+
 def _result(base: Base, verdict: Verdict) -> Result:
     return Result(cache_name=base.name, verdict=verdict, id=base.image_id, size=base.file.size)
 
 
-def _find_missing(
-    store: Store, reports: Reports, policy: Policy, now: float
-) -> dict[str, list[str]]:
-    """Return the bases that fresh reports name and that are not in the cache, with the hosts."""
-    hosts: dict[str, list[str]] = {}
-    for report_ in reports.readable.values():
-        if is_fresh(report_, policy, now):
-            for name in report_.bases:
-                hosts.setdefault(name, []).append(report_.host)
-    return {name: hosts[name] for name in sorted(hosts) if not _is_there(store, name)}
+def _lacks_marks(results: Sequence[Result]) -> bool:
+    return any(result.verdict.reason is Reason.NO_MARKS for result in results)
 
 
-def _list_lost(
-    store: Store, missing: Mapping[str, Sequence[str]], reports: Reports
-) -> Iterator[Result]:
-    """Yield a result for each of the missing bases that is not there on a second look either."""
-    servers_by_base: dict[str, set[str]] = {}
-    for host in {host for hosts in missing.values() for host in hosts}:
-        for lost in reports.readable[host].lost:
-            servers_by_base.setdefault(lost.base, set()).add(lost.server)
-    for name, hosts in missing.items():
-        if _is_there(store, name):
-            continue
-        servers = servers_by_base.get(name)
-        sentence = f"{join(hosts)} uses it"
-        if servers:
-            sentence += f" for server {join(sorted(servers))}"
-        verdict = Verdict(
-            Outcome.LOST,
-            Reason.BASE_IS_MISSING,
-            f"{sentence}, and it is not in the cache; do not stop or restart servers there; follow"
-            " docs/recovery.md",
-        )
-        yield Result(cache_name=name, verdict=verdict)
-
-
-def _is_there(store: Store, name: str) -> bool:
-    """Return whether a base has its name, or is at least retired.
-
-    What cannot be looked at counts as there: it is not known to be missing.
-    """
-    try:
-        files = [store.cache_file(name + suffix) for suffix in ("", RETIRED_SUFFIX)]
-    except OSError:
-        return True
-    return any(file is not None and stat.S_ISREG(file.mode) for file in files)
-
-
-def _list_left(
-    decisions: Sequence[tuple[Base, Decision]], results: Sequence[Result]
-) -> Iterator[Base]:
-    """Yield the bases that are left, as they are now; in a dry run, as they would be."""
-    for (base, _), result in zip(decisions, results, strict=True):
-        outcome = result.verdict.outcome
-        if outcome is Outcome.RESTORED:
-            yield base._replace(retired=False)
-        elif outcome is Outcome.RETIRED:
-            yield base._replace(retired=True)
-        elif outcome is not Outcome.PRUNED:
-            yield base
-
-
-def _log(results: Sequence[Result], errors: Sequence[LnImagesError], evidence: Evidence) -> None:
+def _log(
+    results: Sequence[Result], errors: Sequence[LnImagesError], evidence: Evidence, found: Scan
+) -> None:
     """Log what somebody should look at."""
     faults = [result for result in results if result.verdict.outcome in FAULTS]
     for fault in faults[:_MOST_LINES]:
@@ -307,19 +265,28 @@ def _log(results: Sequence[Result], errors: Sequence[LnImagesError], evidence: E
         LOG.error("%d more bases are lost or failed; read the report", len(faults) - _MOST_LINES)
     for error in errors:
         LOG.error("%s", error.message)
-    if evidence.situation.blocker is not None and not evidence.errors:
+    if evidence.warning is not None:
+        LOG.warning("%s", evidence.warning)
+    if evidence.blocker is not None and not evidence.errors:
         LOG.warning(
             "the clean-up is blocked and removes nothing: %s; run ln-images-node on that host",
-            evidence.situation.blocker,
+            evidence.blocker,
         )
-    if any(result.verdict.reason is Reason.NO_MARKS for result in results):
+    if _lacks_marks(results):
         LOG.warning(
             "the file system of the cache keeps no extended attributes, so there is no clean-up;"
             " use another file system"
         )
+    if found.has_more_bases:
+        LOG.warning(
+            "the cache has more than %d bases that belong to no image in the store; the others are"
+            " not removed; find out what creates them",
+            MOST_BASES,
+        )
 
 
 def _find_most_severe(errors: Sequence[LnImagesError]) -> LnImagesError | None:
+    """Return the first of the most severe errors, or None if there is none."""
     if not errors:
         return None
     status = most_severe(*(error.exit_code for error in errors))

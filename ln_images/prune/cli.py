@@ -99,7 +99,7 @@ def main(
     status = logs.set_up("ln-images-prune", common.log_file, common.verbose, common.quiet)
     # What a pass needs is imported only now, so that --help is quick.
     from ln_images.prune.clean_up import CleanUpOptions, clean_up
-    from ln_images.prune.evidence import Clock, Cloud, query_cloud
+    from ln_images.prune.evidence import Cloud, boot_time, query_cloud
     from ln_images.prune.nodes import list_prune_metrics, nodes_table
     from ln_images.prune.rules import Policy
     from ln_images.session import connect
@@ -124,7 +124,7 @@ def main(
         return query_cloud(connection, common.admin_role, region_names)
 
     try:
-        result = clean_up(options, query, Clock())
+        result = clean_up(options, query, boot_time())
     except LnImagesError as error:
         metrics.write(error.exit_code, None, [])
         raise

@@ -10,7 +10,7 @@ from keystoneauth1.exceptions import NotAcceptable
 from ln_images.model import ConfigurationError, TemporaryError
 from ln_images.session import Connection
 
-# From this microversion on, Nova lists the services of a cell that is down, as UNKNOWN (Nova 19.0.0,
+# From this microversion on, Nova lists the services of a cell that is down as UNKNOWN (Nova 19.0.0,
 # "Handling a down cell").
 _MICROVERSION = "2.69"
 
@@ -56,8 +56,11 @@ def _list_endpoints(
             f" {len(regions)}; set OS_REGION_NAME"
         )
     for region in region_names or regions:
-        is_overridden = override is not None and region == (connection.region or region)
-        url = override if is_overridden else _find_endpoint(connection, region)
+        is_own_region = not connection.region or connection.region == region
+        if override is not None and is_own_region:
+            url: str | None = override
+        else:
+            url = _find_endpoint(connection, region)
         if url is None:
             raise ConfigurationError(
                 f"Nova in region {region} has no endpoint on the interface in use; correct the"

@@ -7,7 +7,7 @@ directory, so everything in it is hostile until it is checked.
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ln_images.model import ConfigurationError, LnImagesError, TemporaryError
@@ -89,8 +89,15 @@ class Reports(NamedTuple):
         return sorted(
             host
             for host, report in self.readable.items()
-            if base_name in report.bases or report.recent.get(base_name, since) > since
+            if base_name in report.bases
+            or (base_name in report.recent and report.recent[base_name] > since)
         )
+
+    def names(self) -> set[str]:
+        """Return the names of all bases that a report names."""
+        return {
+            name for report in self.readable.values() for name in (*report.bases, *report.recent)
+        }
 
 
 class _UnreadableError(Exception):
@@ -100,7 +107,8 @@ class _UnreadableError(Exception):
 def read_reports(path: str) -> Reports:
     """Return the reports in the directory ``path``."""
     try:
-        # A node can put a symbolic link in place of the directory.
+        # A node can put a symbolic link in place of the directory. With a slash behind its name,
+        # it would be followed.
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         directory = os.open(path.rstrip("/") or path, flags)
     except OSError as error:
@@ -165,7 +173,7 @@ def _read_content(descriptor: int, limit: int) -> bytes:
     with os.fdopen(descriptor, "rb", closefd=False) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise _UnreadableError(f"it is larger than {limit} bytes")
+        raise _UnreadableError("it is too large, alone or with the reports before it")
     return content
 
 
@@ -192,7 +200,9 @@ def _parse(host: str, content: bytes, status: os.stat_result) -> Report:
     if not isinstance(complete, bool):
         raise _UnreadableError("it does not say whether it is complete")
     lost = [_lost_base(entry) for entry in _list(document, "lost")]
-    in_use = [_base_name(base) for base in _list(document, "bases", required=True)]
+    if "bases" not in document:
+        raise _UnreadableError("it has no bases")
+    in_use = [_base_name(base) for base in _list(document, "bases")]
     times = (float(reported), status.st_mtime, status.st_ctime)
     return Report(
         host=host,
@@ -201,9 +211,9 @@ def _parse(host: str, content: bytes, status: os.stat_result) -> Report:
         complete=complete,
         incomplete_because=_text(document.get("incomplete_because") or ""),
         bases=frozenset([*in_use, *(entry.base for entry in lost)]),
-        recent=dict(_list_recent(document)),
+        recent=_recent(document),
         lost=lost,
-        wrong=list(_list_wrong(document)),
+        wrong=_list_wrong(document),
     )
 
 
@@ -212,33 +222,39 @@ def _is_time(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < 1e11
 
 
-def _list(document: Mapping[str, Any], key: str, required: bool = False) -> list[Any]:
-    value = document.get(key, None if required else [])
+def _list(document: Mapping[str, Any], key: str) -> list[Any]:
+    value = document.get(key, [])
     if not isinstance(value, list):
         raise _UnreadableError(f"its {key} are not a list")
     return value
 
 
-def _list_recent(document: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _recent(document: Mapping[str, Any]) -> dict[str, float]:
     recent = document.get("recent", {})
     if not isinstance(recent, dict):
         raise _UnreadableError("its recent bases are not an object")
-    for base, seen in recent.items():
-        if not _is_time(seen):
-            raise _UnreadableError("a recent base has no time")
-        yield _base_name(base), float(seen)
+    if not all(_is_time(seen) for seen in recent.values()):
+        raise _UnreadableError("a recent base has no time")
+    return {_base_name(base): float(seen) for base, seen in recent.items()}
 
 
-def _list_wrong(document: Mapping[str, Any]) -> Iterator[WrongCheck]:
+def _list_wrong(document: Mapping[str, Any]) -> list[WrongCheck]:
     checks = _list(document, "checks")
     if len(checks) > _MOST_CHECKS:
         raise _UnreadableError(f"it has more than {_MOST_CHECKS} checks")
+    wrong = []
     for check in checks:
         if not isinstance(check, dict):
             raise _UnreadableError("a check is not an object")
         if check.get("state") == "WRONG":
-            texts = [_text(check.get(key, "")) for key in ("name", "found", "fix")]
-            yield WrongCheck(*texts)
+            wrong.append(
+                WrongCheck(
+                    name=_text(check.get("name", "")),
+                    found=_text(check.get("found", "")),
+                    fix=_text(check.get("fix", "")),
+                )
+            )
+    return wrong
 
 
 def _lost_base(entry: Any) -> LostBase:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import ln_images
+from ln_images.model import Command
 from support.cloud import wait_until
 from support.faulty import Answer, Front
 from support.node import OWNER, SCHEMA, UNCOVERED, Node, executable, needs_root
@@ -353,7 +354,7 @@ def test_an_option_of_another_command_names_that_command(
 def test_a_leftover_variable_is_one_warning(node: Node, variable: str, command: str) -> None:
     """LN_IMAGES_PRUNE and LN_IMAGES_VERIFY are a warning, and images are linked all the same."""
     image = node.cloud.image("image", DATA)
-    run = node.process(**{variable: "1"})
+    run = node.process(command=Command.LINK, **{variable: "1"})
     assert run.returncode == 0
     line = one_line(run.stderr)
     assert line.startswith(f"ln-images: warning: {variable} has no effect")

@@ -39,7 +39,7 @@ def test_an_openrc_whose_last_command_is_false_is_no_obstacle(
     image = node.cloud.image("image", b"\1" * 1000)
     openrc = tmp_path / "openrc"
     lines = [f"{export}{name}='{value}'\n" for name, value in node.cloud.environment().items()]
-    openrc.write_text("".join(lines) + '[ -n "$PS1" ] && echo "admin"\n')
+    openrc.write_text("".join(lines) + '[ -t 0 ] && echo "admin"\n')
     run = run_line(node, openrc, shell)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert node.is_linked(image)

@@ -77,7 +77,7 @@ def codes(pass_: Pass) -> dict[str, Codes]:
         result.id or result.cache_name: (result.verdict.outcome, result.verdict.reason)
         for result in pass_.results
     }
-    return results | dict.fromkeys(pass_.settled, PRESENT)
+    return results | dict.fromkeys(pass_.present, PRESENT)
 
 
 def sentence(pass_: Pass, image_id: str) -> str:

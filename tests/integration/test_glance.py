@@ -264,8 +264,9 @@ def test_a_single_refusal_does_not_end_a_service(
     finished = run(node, region, "--every", "0.3", "--for", "8", secrets=glance.secrets)
     assert answers == []
     assert node.is_linked(later[0]), finished.stderr
-    assert finished.stderr.count(f"Glance refuses the credentials (HTTP {status})") == 1
-    assert finished.returncode == 2
+    error = f"ln-images: Glance refuses the credentials (HTTP {status})"
+    assert finished.stderr.count(error) == 1
+    assert finished.returncode == TemporaryError.exit_code
 
 
 # Limits, without a run of the command
@@ -579,7 +580,7 @@ def test_any_json_object_is_an_image_or_a_temporary_error(fields: dict[str, Any]
 
 
 def test_texts_and_sizes_that_no_database_has_are_bounded() -> None:
-    """A name of megabytes is cut off, so the table stays narrow, and a huge size is no size."""
+    """A name of megabytes is cut off, so the table stays narrow; a huge size is no size."""
     document = {"id": str(uuid.uuid4()), "name": "n" * 256, "size": 10**400}
     image = image_of(document)
     assert (image.name, image.size) == ("n" * 255, None)

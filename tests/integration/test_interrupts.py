@@ -89,7 +89,7 @@ def test_a_signal_ends_a_run_that_waits_for_the_cloud(node: Node, number: int) -
         process = start(node, OS_AUTH_URL=f"http://127.0.0.1:{silent.getsockname()[1]}/v3")
         connection, _ = silent.accept()
         process.send_signal(number)
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=60)
         connection.close()
     assert (process.returncode, output, errors) == (130, "", INTERRUPTED)
 

@@ -14,8 +14,8 @@ from support.observe import one_line
 DATA = b"\1" * 100_000
 
 
-def break_module(directory: Path, module: str) -> dict[str, str | None]:
-    """Put a module that fails on import before the installed one; return the variables for it.
+def break_module(directory: Path, module: str) -> str:
+    """Put a module that fails on import before the installed one, and return its PYTHONPATH.
 
     The rest of its package is the installed one.
     """
@@ -28,7 +28,7 @@ def break_module(directory: Path, module: str) -> dict[str, str | None]:
             "import pkgutil\n__path__ = pkgutil.extend_path(__path__, __name__)\n"
         )
     (path / f"{name}.py").write_text("raise LookupError('this library is broken')\n")
-    return {"PYTHONPATH": str(directory)}
+    return str(directory)
 
 
 def test_the_log_file_has_each_change_with_its_place(node: Node, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_an_unexpected_exception_is_one_line(node: Node, tmp_path: Path) -> None
     """Its traceback goes to the log file, and with -v to standard error; the status is 1."""
     log = tmp_path / "log"
     broken = break_module(tmp_path, "glanceclient")
-    run = node.process("-q", "--log-file", str(log), **broken)
+    run = node.process("-q", "--log-file", str(log), PYTHONPATH=broken)
     assert (run.returncode, run.stdout) == (1, "")
     line = one_line(run.stderr)
     assert line.startswith("ln-images: a bug: unexpected LookupError; ")
@@ -142,7 +142,7 @@ def test_an_unexpected_exception_is_one_line(node: Node, tmp_path: Path) -> None
     assert traceback[0] == "    Traceback (most recent call last):"
     assert all(line.startswith("    ") for line in traceback)
     assert traceback[-1] == "    LookupError: this library is broken"
-    verbose = node.process("-v", **broken).stderr.splitlines()
+    verbose = node.process("-v", PYTHONPATH=broken).stderr.splitlines()
     assert verbose[0] == line.rstrip("\n")
     assert verbose[-1] == "    LookupError: this library is broken"
 
@@ -155,7 +155,7 @@ def test_an_unexpected_exception_about_one_image_is_its_verdict(node: Node, tmp_
     node.entry(drifted).chmod(0o600)
     failing = [node.cloud.image(name, DATA) for name in ("one", "two")]
     broken = break_module(tmp_path, "oslo_utils.imageutils.format_inspector")
-    run = node.process("-q", "--log-file", str(log), **broken)
+    run = node.process("-q", "--log-file", str(log), PYTHONPATH=broken)
     assert run.returncode == 1
     lines = run.stderr.splitlines()
     assert sorted(line.split()[2] for line in lines) == sorted(failing)

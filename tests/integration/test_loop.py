@@ -329,6 +329,33 @@ def test_an_image_is_linked_between_two_ticks(node: Node, tmp_path: Path) -> Non
     assert linked in metrics.read_text()
 
 
+def test_the_metrics_count_each_image_once(node: Node, tmp_path: Path) -> None:
+    """A partial pass moves an image from waiting to linked, and what failed before stays failed."""
+    metrics = tmp_path / "metrics"
+    damaged = node.cloud.image("damaged", DATA)
+    os.truncate(node.images / damaged, 100)
+    os.utime(node.images / damaged, (1, 1))
+    image = node.cloud.create("image")
+    upload = node.cloud.slow_upload(image, b"\1" * 100_000)
+    wait_until(lambda: (node.images / image).exists(), "the upload to reach the disk")
+
+    def values(*names: str) -> list[float]:
+        text = metrics.read_text()
+        return [float(re.findall(rf"^ln_images_{name} (\S+)$", text, re.M)[0]) for name in names]
+
+    cache = f'{{cache_dir="{node.cache}"'
+    counted = [f'images{cache},outcome="{name}"}}' for name in ("waiting", "linked", "damaged")]
+    status = f'exit_status{cache},command="ln-images"}}'
+    with running(node, *ONCE, "--metrics-file", str(metrics)) as run:
+        assert run.report()["counts"]["damaged"] == 1
+        wait_until(metrics.exists, "the metrics of the first pass")
+        assert values(*counted, status) == [1, 0, 1, 1]
+        upload.finish(b"\1" * 100_000)
+        assert run.report()["exit_status"] == 0
+        wait_until(lambda: values(*counted, status) == [0, 1, 1, 1], "the metrics of the second")
+        assert run.end()[0] == 130
+
+
 def test_two_thousand_files_at_once_cost_a_few_passes(node: Node) -> None:
     """Full passes link them, and not thousands of queries."""
     with running(node, *ONCE) as run:

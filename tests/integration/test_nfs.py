@@ -1,6 +1,10 @@
-"""What the production guide says of the export, on a real NFS server with clients of several uids."""
+"""The exports of docs/install.md, on a real NFS server with clients of several uids.
+
+``make test-knfs`` tests mounts and the compute node's check on the kernel's server and client.
+"""
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -8,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from support.cloud import ROOT
 from support.nfs import SERVER, Nfs
 from support.node import Node, needs_root
 
-# Debian starts the server that it installs: that is for whoever wants these tests to decide, and
-# for CI.
+# Debian starts the server that it installs. So only CI, and whoever wants these tests, installs it.
 pytestmark = [
     pytest.mark.xdist_group("nfs"),
     needs_root,
@@ -21,53 +25,68 @@ pytestmark = [
         reason="needs an NFS server: apt-get install nfs-ganesha nfs-ganesha-vfs libnfs-utils",
     ),
 ]
-QEMU, NOVA, SOMEBODY, ROOT = 107, 162, 1000, 0
+QEMU, NOVA, OTHER_USER, ROOT_USER = 107, 162, 1000, 0
 DATA = b"\1" * 5000
+# How ganesha calls the options of /etc/exports.
+WORDS = {"rw": "Access_Type = RW;", "no_root_squash": "Squash = No_Root_Squash;"}
+ANONYMOUS = f"Anonymous_Uid = {QEMU}; Anonymous_Gid = {QEMU};"
 EXPORTS = {
     "cache": "Access_Type = RW; Squash = No_Root_Squash;",
     "squashed": "Access_Type = RW; Squash = Root_Squash;",
-    "mapped": f"Access_Type = RW; Squash = Root_Squash; Anonymous_Uid = {QEMU}; Anonymous_Gid = {QEMU};",
+    "mapped": f"Access_Type = RW; Squash = Root_Squash; {ANONYMOUS}",
     "readonly": "Access_Type = RO; Squash = No_Root_Squash;",
 }
 
 
 @pytest.fixture
 def nfs(node: Node, tmp_path: Path) -> Iterator[Nfs]:
-    """The node's cache directory, Nova's own, exported in each way that the guide speaks of."""
+    """Export the node's cache directory, which belongs to Nova, in several ways."""
     os.chown(node.cache, NOVA, NOVA)
     with Nfs(tmp_path, node.cache, EXPORTS) as running:
         yield running
 
 
-def linked(node: Node, *options: str) -> str:
-    """The cache name of an image that the command has linked."""
+def link_image(node: Node) -> str:
+    """Make an image, link it for QEMU, and return its cache name."""
     image_id = node.cloud.create("exported")
     node.cloud.upload(image_id, DATA)
-    run = node.run("--owner", f"{QEMU}:{QEMU}", *options)
+    run = node.run("--owner", f"{QEMU}:{QEMU}")
     assert run.returncode == 0, run.stderr
     return node.entry(image_id).name
 
 
+def test_the_documented_options_are_those_of_the_tested_export() -> None:
+    """The export that these tests call "cache" has the options that docs/install.md shows."""
+    text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    # echo "/var/lib/glance/imagecache $NETWORK(rw,no_root_squash,no_subtree_check)" >> ...
+    exports = re.findall(r"/var/lib/glance/imagecache \$NETWORK\(([a-z_,]+)\)", text)
+    assert exports
+    for options in exports:
+        # A server in user space, as this one is, knows no subtree_check.
+        words = [WORDS[option] for option in options.split(",") if option != "no_subtree_check"]
+        assert " ".join(words) == EXPORTS["cache"]
+
+
 def test_every_uid_reads_a_link_over_nfs(node: Node, nfs: Nfs) -> None:
-    """With the mode 0644 QEMU and Nova read a base, and so does whoever else is on a compute node."""
-    name = linked(node)
-    for uid in (QEMU, NOVA, SOMEBODY, ROOT):
+    """With mode 0644 QEMU and Nova read a base, and so does every other user of a compute node."""
+    name = link_image(node)
+    for uid in (QEMU, NOVA, OTHER_USER, ROOT_USER):
         assert nfs.read("cache", name, uid) == DATA
 
 
-def test_with_0640_nova_does_not_read_a_base(node: Node, nfs: Nfs) -> None:
-    """A base that only QEMU reads is of no use to Nova, which looks into it as itself.
+def test_nova_does_not_read_a_base_of_mode_0640(node: Node, nfs: Nfs) -> None:
+    """Nova, which reads a base as its own user, cannot read one of mode 0640.
 
-    Hence no such --mode.
+    Hence --mode refuses such a mode.
     """
-    name = linked(node)
+    name = link_image(node)
     (node.cache / name).chmod(0o640)
     assert nfs.read("cache", name, QEMU) == DATA
     assert nfs.read("cache", name, NOVA) is None
 
 
-def test_a_link_is_seen_at_once(node: Node, nfs: Nfs) -> None:
-    """A name that a client has asked for in vain is there for it as soon as it is linked."""
+def test_a_missing_name_is_visible_once_it_is_linked(node: Node, nfs: Nfs) -> None:
+    """A client that looked for a name in vain finds it as soon as it is linked."""
     image_id = node.cloud.create("later")
     name = node.entry(image_id).name
     assert nfs.read("cache", name, QEMU) is None
@@ -76,38 +95,36 @@ def test_a_link_is_seen_at_once(node: Node, nfs: Nfs) -> None:
     assert nfs.read("cache", name, QEMU) == DATA
 
 
-def test_nova_writes_beside_the_links(node: Node, nfs: Nfs) -> None:
-    """Nova, who owns the directory, stores there what it fetches itself.
-
-    Others cannot, nor where it is read-only.
-    """
-    assert nfs.may_create("cache", "fetched.part", NOVA)
-    assert (node.cache / "fetched.part").stat().st_uid == NOVA
-    assert not nfs.may_create("cache", "other.part", SOMEBODY)
-    assert not nfs.may_create("readonly", "other.part", NOVA)
+def test_nova_creates_files_beside_the_links(node: Node, nfs: Nfs) -> None:
+    """Nova can store its own downloads in the cache; others cannot, nor in a read-only export."""
+    assert nfs.create("cache", "downloaded.part", NOVA)
+    assert (node.cache / "downloaded.part").stat().st_uid == NOVA
+    assert not nfs.create("cache", "other.part", OTHER_USER)
+    assert not nfs.create("readonly", "other.part", NOVA)
+    assert node.names() == {"downloaded.part"}
 
 
 @pytest.mark.parametrize(
-    ("export", "renews"),
+    ("export", "may_renew"),
     [("cache", True), ("mapped", True), ("squashed", False), ("readonly", False)],
 )
 def test_root_of_a_compute_node_renews_the_times(
-    node: Node, nfs: Nfs, export: str, renews: bool
+    node: Node, nfs: Nfs, export: str, may_renew: bool
 ) -> None:
-    """Nova touches bases as root.
+    """Nova renews the times of bases as root, which takes no_root_squash and a writable export.
 
-    That takes no_root_squash, or root mapped to the owner, and read-write.
+    Root that is mapped to the owner of the links can do it as well.
     """
-    name = linked(node)
-    assert nfs.may_write(export, name, ROOT) is renews
+    name = link_image(node)
+    assert nfs.may_write(export, name, ROOT_USER) is may_renew
     if export == "cache":
-        assert nfs.may_touch(export, name, ROOT)
+        assert nfs.touch(export, name, ROOT_USER)
         assert (node.cache / name).stat().st_mtime == 10**9
 
 
 def test_only_the_owner_and_root_write_a_base(node: Node, nfs: Nfs) -> None:
-    """A base is Glance's own file: whoever writes it changes the image, and these two can."""
-    name = linked(node)
-    writers = {uid for uid in (QEMU, NOVA, SOMEBODY, ROOT) if nfs.may_write("cache", name, uid)}
-    assert writers == {QEMU, ROOT}
+    """Of all users of a compute node, only QEMU's and root can change a base, and so the image."""
+    name = link_image(node)
+    users = (QEMU, NOVA, OTHER_USER, ROOT_USER)
+    assert {uid for uid in users if nfs.may_write("cache", name, uid)} == {QEMU, ROOT_USER}
     assert stat.S_IMODE((node.cache / name).stat().st_mode) == 0o644

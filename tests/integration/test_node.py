@@ -175,7 +175,7 @@ class ComputeNode:
 
         `before` are commands that run before nova-compute starts, and `after` before the tool does,
         where $NOVA is the id of nova-compute. `nova` are the arguments of nova-compute, or None if
-        it does not run. `prefix` goes before the tool's command, and `unquoted` are options in which
+        it does not run. `prefix` goes before the tool's command; `unquoted` are options in which
         the shell replaces variables.
         """
         options = ["--json", *(["--local"] if local else []), *arguments]
@@ -285,7 +285,7 @@ def qemu_img(*arguments: object) -> None:
 
 @pytest.fixture
 def node() -> Iterator[ComputeNode]:
-    """A compute node without servers, set up correctly as far as one machine can.
+    """Make a compute node without servers, set up correctly as far as one machine can.
 
     It is not below pytest's own directory, which only root can enter: QEMU and Nova cannot.
     """
@@ -411,7 +411,7 @@ def test_runs_on_old_pythons(node: ComputeNode, python: str | None) -> None:
 
 
 def test_needs_no_more_than_python_3_6() -> None:
-    """The tool uses neither syntax nor modules that are newer than Python 3.6, by vermin's rules."""
+    """The tool uses no syntax and no module that is newer than Python 3.6, says vermin."""
     vermin = Path(sys.executable).with_name("vermin")
     run = subprocess.run(
         [vermin, "--target=3.6-", "--no-tips", "--violations", TOOL],
@@ -510,7 +510,7 @@ def test_without_nova_compute_the_files_count_for_paths_only(node: ComputeNode) 
 
 
 def test_without_any_configuration_no_report_is_written(node: ComputeNode) -> None:
-    """If neither nova-compute nor a file of it is found, the report is incomplete and not written."""
+    """Without nova-compute and its files, the report is incomplete, and is not written."""
     (node.etc / "nova" / "nova.conf").unlink()
     run = node.run("--report", nova=None)
     assert run.state("report") == "WRONG"
@@ -531,7 +531,7 @@ def test_config_file_names_the_files_of_a_stopped_nova(node: ComputeNode) -> Non
 
 
 def test_a_file_that_cannot_be_parsed(node: ComputeNode) -> None:
-    """If a configuration file is damaged, what nova-compute does is unknown, and so are its disks."""
+    """If a configuration file is damaged, the settings are unknown, and so are the disks."""
     (node.etc / "nova" / "nova.conf.d").mkdir()
     (node.etc / "nova" / "nova.conf.d" / "x.conf").write_text("no section = 1\n")
     run = node.run()
@@ -817,7 +817,7 @@ def test_shared_mounts(node: ComputeNode) -> None:
 @needs_bindfs
 @pytest.mark.parametrize("missing", ["_base", "locks"])
 def test_plain_directories(node: ComputeNode, missing: str) -> None:
-    """Without one of the mounts the check is WRONG, and no report is written, also not elsewhere."""
+    """Without one of the mounts the check is WRONG, and no report is written anywhere."""
     directories = [path for path in (node.base, node.locks) if path.name != missing]
     reports = node.folder / "reports"
     run = node.run(
@@ -1163,7 +1163,7 @@ def test_what_a_guest_writes_to_a_raw_disk(node: ComputeNode) -> None:
 
 
 def test_a_disk_whose_format_nothing_states(node: ComputeNode) -> None:
-    """Without disk.info and libvirt, a disk that begins like qcow2 is read as one, others are raw."""
+    """Without disk.info and libvirt, a disk that begins like qcow2 is one; others are raw."""
     node.add_disk(base=node.add_base(), info=None)
     (node.instances / SERVER / "disk.swap").write_bytes(bytes(1000))
     run = node.run()
@@ -1265,7 +1265,7 @@ def test_disk_info_that_is_nested_too_deeply(node: ComputeNode) -> None:
 
 
 def test_fifos(node: ComputeNode) -> None:
-    """A FIFO in place of a directory or of disk.info is ignored, one in place of a disk is reported."""
+    """A FIFO in place of a directory or of disk.info is ignored; as a disk it is reported."""
     os.mkfifo(node.instances / str(uuid.uuid4()))
     folder = node.instances / SERVER
     folder.mkdir()
@@ -1364,7 +1364,7 @@ def test_directories_that_never_rest() -> None:
 
 
 def test_servers_that_come_and_go(node: ComputeNode) -> None:
-    """While servers are created, resized and deleted beside the scan, every lasting disk is read."""
+    """While servers come, go and resize during the scan, every lasting disk is read."""
     node.add_base()
     node.add_disk()
     worker = (
@@ -1402,6 +1402,18 @@ def test_instances_that_are_not_mounted(node: ComputeNode) -> None:
     run = node.run()
     assert run.report["bases"] == [BASE]
     assert not run.report["complete"]
+
+
+def test_the_definition_that_a_migration_leaves_behind(node: ComputeNode) -> None:
+    """A server that left for another node has its disk in <id>_resize, and blocks nothing.
+
+    Until the migration is confirmed, libvirt's definition still names the disk in <id>.
+    """
+    node.add_disk(base=node.add_base(), server=f"{SERVER}_resize")
+    node.define(node.instances / SERVER / "disk")
+    run = node.run()
+    assert run.report["bases"] == [BASE]
+    assert run.report["complete"]
 
 
 def test_without_libvirts_definitions(node: ComputeNode) -> None:
@@ -1562,7 +1574,7 @@ def test_symbolic_links_among_the_reports(node: ComputeNode, planted: str) -> No
 
 
 def test_root_squash(node: ComputeNode) -> None:
-    """Root without rights, as over NFS with root_squash, reads and writes as the owners of files."""
+    """Root without rights, as with root_squash, reads and writes as the owners of files."""
     add_link(node, QEMU)
     write_qemu_conf(node, f'user = "+{QEMU}"\ngroup = "+{QEMU}"\n')
     disk = node.add_disk()

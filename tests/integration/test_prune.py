@@ -451,7 +451,7 @@ def test_the_wrong_cloud_takes_nothing(node: Node, reports: Path) -> None:
     idle = orphan(node, unused_since=1.0)
     (node.images / str(uuid.uuid4())).write_bytes(DATA)
     message = stderr(node, reports, status=2)
-    assert "Glance knows none of the 1 images that have a file here" in message
+    assert f"Glance knows none of the 1 images that have a file in {node.images}" in message
     assert idle.exists()
 
 

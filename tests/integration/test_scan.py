@@ -1,4 +1,4 @@
-"""The scan of both directories: what is settled, what is a base, and what a hostile cache costs."""
+"""The scan of both directories: what is present, what is a base, and what a hostile cache costs."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ln_images import scan as scan_module
-from ln_images.model import cache_name
+from ln_images.model import LinkPolicy, cache_name
 from ln_images.scan import Scan, reclaimable, scan
 from ln_images.store import IMAGE_ID_MARK, Store
 from support.node import POLICY
@@ -27,10 +27,10 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-def scan_and_close(store: Store, trust_links: bool = True) -> Scan:
+def scan_and_close(store: Store, policy: LinkPolicy | None = POLICY) -> Scan:
     """Scan the directories of a store, and close it."""
     with store:
-        return scan(store, POLICY, trust_links)
+        return scan(store, policy)
 
 
 def count_looks(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -46,16 +46,16 @@ def count_looks(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return looks
 
 
-def test_a_correct_link_is_settled(store: Store) -> None:
-    """An image whose link is correct is settled, unless links are not to be trusted."""
+def test_a_correct_link_is_present(store: Store) -> None:
+    """An image whose link is correct need not be checked."""
     found = scan_and_close(store)
-    assert (found.settled, found.unsettled, found.bases) == ([ID], [], [])
+    assert (found.present, found.to_check, found.bases) == ([ID], [], [])
 
 
-def test_without_trust_nothing_is_settled(store: Store) -> None:
-    """If links are not to be trusted, each image is looked at by itself."""
-    found = scan_and_close(store, trust_links=False)
-    assert (found.settled, found.unsettled, found.bases) == ([], [ID], [])
+def test_without_a_policy_every_image_is_to_be_checked(store: Store) -> None:
+    """Without a policy no link is correct."""
+    found = scan_and_close(store, policy=None)
+    assert (found.present, found.to_check, found.bases) == ([], [ID], [])
 
 
 def test_bases_are_those_of_no_image_in_the_store(store: Store) -> None:
@@ -104,7 +104,7 @@ def test_a_cache_full_of_foreign_names_is_looked_at_in_part(
     looks = count_looks(store, monkeypatch)
     found = scan_and_close(store)
     assert len(looks) == 11
-    assert found.settled == [ID]
+    assert found.present == [ID]
     assert found.has_more_bases
     assert len(found.bases) == (10 if make is Path.touch else 0)
 
@@ -118,7 +118,7 @@ def test_a_list_of_the_cache_that_is_cut_off_hides_no_link(
     for number in range(500):
         Path(store.cache_dir, name.format(number)).touch()
     found = scan_and_close(store)
-    assert found.settled == [ID]
+    assert found.present == [ID]
     assert found.has_more_bases
     assert len(found.bases) <= 11
 

@@ -596,7 +596,7 @@ def test_an_image_that_glance_hides_is_not_called_deleted(node: Node) -> None:
     node.cloud.add_user("hidden-from", "hidden-from", "member")
     # One image that it can see shows that this is the right cloud.
     node.cloud.image("public", DATA, visibility="public")
-    document = node.report(OS_USERNAME="hidden-from", OS_PROJECT_NAME="hidden-from")
+    document = node.report("--full", OS_USERNAME="hidden-from", OS_PROJECT_NAME="hidden-from")
     (result,) = [result for result in document["images"] if result["id"] == image]
     assert (result["outcome"], result["reason_code"]) == ("skipped", "unknown_to_glance")
     assert result["reason"] == "Glance does not show this image to the credential"

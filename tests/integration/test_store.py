@@ -207,6 +207,17 @@ def test_a_lost_link_is_made_again(directories: Directories) -> None:
     assert directories.link_image() == LINKED_AGAIN
 
 
+def test_a_file_without_a_modification_time_is_judged_by_its_ctime(
+    directories: Directories,
+) -> None:
+    """A short file whose mtime is 0, as ceph-fuse leaves it after truncate(2), is waited for."""
+    directories.source.write_bytes(DATA[:100])
+    os.utime(directories.source, (0, 0))
+    assert directories.link_image() == (Outcome.WAITING, Reason.FILE_INCOMPLETE)
+    os.utime(directories.source, (1, 1))
+    assert directories.link_image() == (Outcome.DAMAGED, Reason.FILE_TOO_SHORT)
+
+
 def test_a_dry_run_reports_the_same_and_touches_nothing(directories: Directories) -> None:
     """In a dry run the verdicts are those of a real run, and no inode changes."""
     before = state(directories.source)

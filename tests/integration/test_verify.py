@@ -186,7 +186,7 @@ def test_a_file_of_the_wrong_size_is_damaged(node: Node) -> None:
     short = node.cloud.image("short", CONTENT)
     for image_id in (linked, short):
         os.truncate(node.images / image_id, MIDDLE)
-        os.utime(node.images / image_id, (0, 0))
+        os.utime(node.images / image_id, (1, 1))
     document = node.report(command=Command.VERIFY, status=1)
     assert {image["name"]: image["reason_code"] for image in document["images"]} == {
         "linked": "linked_file_wrong_size",

@@ -1,11 +1,13 @@
-"""Bases as ln-images, Nova and deleted images leave them, and reports as ln-images-node writes them."""
+"""Bases as ln-images, Nova and deleted images leave them, and reports of compute nodes."""
 
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ln_images.glance import Glance
 from ln_images.model import cache_name
 from ln_images.store import IMAGE_ID_MARK, SIZE_MARK, UNUSED_SINCE_MARK
 from support.node import OWNER
@@ -71,3 +73,14 @@ def write_report(
         os.utime(temporary, (changes["time"], changes["time"]))
     temporary.rename(path)
     return path
+
+
+class OneImageGlance(Glance):
+    """Glance as the clean-up queries it about one image more: ``has_image`` is plain data."""
+
+    def __init__(self, has_image: Callable[[str], bool]) -> None:
+        self._has_image = has_image
+
+    def has_image(self, image_id: str) -> bool:
+        """Return what the test says."""
+        return self._has_image(image_id)

@@ -1,8 +1,8 @@
-"""What gunicorn serves: Keystone's and Glance's own WSGI applications, unchanged but for two traps.
+"""What gunicorn serves: Keystone's and Glance's own WSGI applications, with two changes.
 
-Both parse ``sys.argv`` as their own options when imported, so it is emptied first. Glance leaves
-the body of a refused upload unread, and gunicorn then cuts the connection under the next request,
-so what is left of a body is read to its end after the application has answered.
+Both parse ``sys.argv`` as their own options when they are imported, so it is emptied first. Glance
+does not read the body of a refused upload, and gunicorn then closes the connection during the next
+request. So we read the rest of each body after the application has answered.
 """
 
 import importlib
@@ -12,12 +12,12 @@ from typing import Any
 
 
 def keystone() -> Any:
-    """Keystone, as it is."""
+    """Return Keystone, unchanged."""
     return _application("keystone.wsgi.api")
 
 
 def glance() -> Any:
-    """Glance, with every request's body read to its end."""
+    """Return Glance, which then reads the body of every request to its end."""
     application = _application("glance.wsgi.api")
 
     def drained(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:

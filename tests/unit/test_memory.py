@@ -88,7 +88,7 @@ def test_a_file_that_glance_does_not_know_is_queried_for_an_hour(age: int, expec
 @pytest.mark.parametrize(
     "changed",
     [
-        FILE._replace(changed=1.0),
+        FILE._replace(modified=FILE.modified + 1),
         FILE._replace(inode=12),
         FILE._replace(size=1001),
         FILE._replace(links=2),
@@ -103,6 +103,14 @@ def test_a_file_that_has_changed_is_judged_anew(changed: File) -> None:
     assert cache.recall({"a": changed}) == {}
     assert cache.recall({}) == {}
     assert list(cache.recall({"a": FILE})) == ["a"]
+
+
+def test_our_own_mark_on_a_refused_file_changes_nothing() -> None:
+    """A mark changes the file's ctime after it was looked at; the verdict holds all the same."""
+    cache = VerdictCache()
+    cache.recall({})
+    cache.remember({"a": FILE}, [result_of(Outcome.REFUSED)])
+    assert list(cache.recall({"a": FILE._replace(changed=FILE.changed + 1)})) == ["a"]
 
 
 def test_a_result_without_a_file_is_not_remembered() -> None:

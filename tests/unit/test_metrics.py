@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, float]:
 
 
 def pass_of(*verdicts: Verdict) -> Pass:
-    """Return a pass with these verdicts, one settled image, and bases of each kind."""
+    """Return a pass with these verdicts, one present image, and bases of each kind."""
     return Pass(
         command=Command.LINK,
         started_at=datetime(2026, 1, 1, tzinfo=UTC),
@@ -58,7 +58,7 @@ def pass_of(*verdicts: Verdict) -> Pass:
             Result(cache_name=str(number), verdict=verdict, id=str(number), size=10 + number)
             for number, verdict in enumerate(verdicts)
         ],
-        settled=["present"],
+        present=["present"],
         reclaimable=Reclaimable(
             orphans=DiskUsage(count=1, bytes=100),
             unmarked=DiskUsage(count=2, bytes=200),

@@ -1,4 +1,4 @@
-"""One pass of the clean-up on real files: what it does when the evidence is late, or is not whole."""
+"""One pass of the clean-up on real files, with evidence that is late or incomplete."""
 
 import re
 from pathlib import Path
@@ -8,25 +8,17 @@ import pytest
 
 from ln_images.model import Image, LnImagesError, Reason, TemporaryError, cache_name
 from ln_images.prune.clean_up import CleanUp, CleanUpOptions, clean_up
-from ln_images.prune.evidence import Clock, Cloud
+from ln_images.prune.evidence import MOST_AGE, Cloud, boot_time
 from ln_images.prune.nodes import list_prune_metrics
 from ln_images.prune.nova import ComputeHost
 from ln_images.prune.rules import Policy
 from ln_images.scan import MOST_BASES
-from support.bases import make_base, write_report
+from support.bases import OneImageGlance, make_base, write_report
 from support.node import REFERENCE, SCHEMA
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = "b0000000-0000-4000-8000-000000000000"
 NAME, OTHER_NAME = cache_name(ID), cache_name(OTHER)
-
-
-class LateClock(Clock):
-    """A clock that has run for so many seconds."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self._start -= seconds
 
 
 @pytest.fixture
@@ -44,17 +36,17 @@ def no_image(image_id: str) -> bool:
     return False
 
 
-def run(place: Path, has_image: Any = no_image, clock: Clock | None = None) -> CleanUp:
-    """Run a pass that waits for nothing, in a cloud without images."""
+def run(place: Path, has_image: Any = no_image, age: float = 0, *, images: Any = ()) -> CleanUp:
+    """Run a pass that waits for nothing, and that began ``age`` seconds ago."""
     options = CleanUpOptions(
         images_dir=str(place / "images"),
         cache_dir=str(place / "cache"),
         reports_dir=str(place / "reports"),
         policy=Policy(after=0, report_age=10800, unmarked=True),
     )
-    images: dict[str, Image] = {}
-    cloud = Cloud([ComputeHost("compute-1", "")], images, has_image)
-    return clean_up(options, lambda: cloud, clock or Clock())
+    listed = {image: Image(id=image, status="active", size=5) for image in images}
+    cloud = Cloud([ComputeHost("compute-1", "")], listed, OneImageGlance(has_image))
+    return clean_up(options, lambda: cloud, boot_time() - age)
 
 
 def outcomes(result: CleanUp) -> dict[str, str]:
@@ -70,8 +62,7 @@ def test_late_evidence_takes_nothing_and_restores(place: Path) -> None:
     unmarked = make_base(place / "cache", "unmarked", marked=False, unused_since=1.0)
     used = make_base(place / "cache", "used", retired=True)
     write_report(place / "reports", "compute-1", cache_name("used"))
-    late = LateClock(301)
-    assert outcomes(run(place, clock=late)) == {
+    assert outcomes(run(place, age=MOST_AGE + 1)) == {
         fresh.name: "evidence_too_old",
         old.name: "evidence_too_old",
         unmarked.name: "evidence_too_old",
@@ -82,11 +73,25 @@ def test_late_evidence_takes_nothing_and_restores(place: Path) -> None:
     assert not used.exists()
 
 
+def test_what_is_needed_comes_back_before_anything_goes(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pass that is interrupted has restored bases first, whatever their names are."""
+    first, last = sorted(["one", "two"], key=cache_name)
+    make_base(place / "cache", first, marked=False, unused_since=1.0)
+    make_base(place / "cache", last, marked=False, retired=True)
+    write_report(place / "reports", "compute-1", cache_name(last))
+    caplog.set_level("INFO")
+    result = run(place)
+    assert [line.split(":")[0] for line in caplog.messages] == ["restored", "retired"]
+    assert list(outcomes(result)) == [cache_name(first), cache_name(last)]
+
+
 def test_there_is_time_left_to_act_after_the_queries(place: Path) -> None:
     """An image is not queried by itself so late that nothing could be done any more."""
     make_base(place / "cache", ID, unused_since=1.0)
-    assert outcomes(run(place, clock=LateClock(151))) == {NAME: "evidence_too_old"}
-    assert outcomes(run(place, clock=LateClock(140))) == {NAME: "unused"}
+    assert outcomes(run(place, age=151)) == {NAME: "evidence_too_old"}
+    assert outcomes(run(place, age=140)) == {NAME: "unused"}
 
 
 def test_an_image_that_is_in_no_list_is_queried_by_itself(place: Path) -> None:
@@ -161,6 +166,47 @@ def test_many_lost_bases_have_few_lines_in_the_log(
     assert caplog.records[-1].getMessage() == "2900 more bases are lost or failed; read the report"
 
 
+@pytest.mark.parametrize(
+    ("images", "in_store", "marked", "message"),
+    [
+        ([OTHER], [ID], False, "Glance knows none of the 1 images"),
+        ([], [ID], False, "Glance knows none of the 1 images"),
+        ([OTHER], [OTHER, ID], False, None),
+        # A marked base proves that it is the same cloud, and that the volume is mounted.
+        ([ID], [OTHER], True, None),
+        ([OTHER], [], True, None),
+        ([OTHER], [], False, "Glance has active images and none of them has a file in"),
+        ([], [], False, None),
+    ],
+)
+def test_another_clouds_images_prove_nothing(
+    place: Path, images: list[str], in_store: list[str], marked: bool, message: str | None
+) -> None:
+    """Nothing may go if store, cache and cloud do not belong together."""
+    for image_id in in_store:
+        (place / "images" / image_id).touch()
+    idle = make_base(place / "cache", "idle", marked=False, unused_since=1.0)
+    if marked:
+        make_base(place / "cache", ID)
+    result = run(place, images=images)
+    if message is None:
+        assert result.pass_.error is None
+        assert outcomes(result)[idle.name] == "unused"
+    else:
+        assert result.pass_.error is not None
+        assert result.pass_.error.message.startswith(message)
+        assert outcomes(result) == {idle.name: "blocked"}
+
+
+def test_a_store_that_has_moved_away_is_a_warning(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Marked bases prove that the volume is mounted, so the clean-up goes on."""
+    make_base(place / "cache", ID)
+    assert run(place, images=[OTHER]).pass_.error is None
+    assert "are all images in another store now?" in caplog.text
+
+
 def test_the_most_severe_error_is_that_of_the_pass(place: Path) -> None:
     """Status 2 goes before 75."""
     options = CleanUpOptions(
@@ -173,7 +219,7 @@ def test_the_most_severe_error_is_that_of_the_pass(place: Path) -> None:
     def fail() -> Cloud:
         raise TemporaryError("Nova cannot be queried; wait")
 
-    error: LnImagesError | None = clean_up(options, fail, Clock()).pass_.error
+    error: LnImagesError | None = clean_up(options, fail, boot_time()).pass_.error
     assert error is not None
     assert error.exit_code == 2
 

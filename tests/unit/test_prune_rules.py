@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from ln_images.model import Base, File, Image, Marks, Outcome, Owner, Reason, cache_name
 from ln_images.prune.clean_up import CleanUpOptions, clean_up
-from ln_images.prune.evidence import Clock, Cloud
+from ln_images.prune.evidence import Cloud, boot_time
 from ln_images.prune.nova import ComputeHost
 from ln_images.prune.reports import Report, Reports
 from ln_images.prune.rules import (
@@ -30,12 +30,11 @@ from ln_images.prune.rules import (
     Decision,
     Facts,
     Policy,
-    Situation,
     decide,
     list_blockers,
 )
 from ln_images.store import UNUSED_SINCE_MARK
-from support.bases import make_base, report_document
+from support.bases import OneImageGlance, make_base, report_document
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 NAME = cache_name(ID)
@@ -67,8 +66,10 @@ def base(
 
 
 OTHER_FILE = base().file._replace(inode=12)
-BLOCKED = Situation(blocker="compute-2 has no report")
-ALL_REPORTED = Situation(reports_begun={"compute-1": NOW - 60, "compute-2": NOW - 3500})
+BLOCKED: dict[str, Any] = {"blocker": "compute-2 has no report"}
+ALL_REPORTED: dict[str, Any] = {
+    "reports_begun": {"compute-1": NOW - 60, "compute-2": NOW - 3500},
+}
 # Two days ago, a day and a second ago, a minute ago, and in an hour.
 LONG_AGO, JUST_LONG_ENOUGH, SHORTLY, FUTURE = NOW - 2 * DAY, NOW - DAY - 1, NOW - 60, NOW + HOUR
 
@@ -235,10 +236,10 @@ def outcome_of(decision: Decision) -> tuple[str, Reason, Action | None]:
     ids=[row[0] for row in LADDER],
 )
 def test_what_is_needed_or_exempt_is_so_even_if_the_clean_up_is_blocked(
-    facts: Facts, outcome: str, reason: Reason, action: str | None, situation: Situation
+    facts: Facts, outcome: str, reason: Reason, action: str | None, situation: dict[str, Any]
 ) -> None:
     """A blocked clean-up restores what is needed, and takes nothing."""
-    assert outcome_of(decide(facts, situation, POLICY, NOW)) == (outcome, reason, action)
+    assert outcome_of(decide(facts._replace(**situation), POLICY, NOW)) == (outcome, reason, action)
 
 
 @pytest.mark.parametrize(
@@ -250,16 +251,21 @@ def test_what_nobody_needs_goes_in_two_steps(
     facts: Facts, outcome: str, reason: Reason, action: str | None
 ) -> None:
     """Its mark decides; if the clean-up is blocked, nothing happens, not even to the mark."""
-    assert outcome_of(decide(facts, ALL_REPORTED, POLICY, NOW)) == (outcome, reason, action)
-    assert outcome_of(decide(facts, BLOCKED, POLICY, NOW)) == (K, R.BLOCKED, None)
+    assert outcome_of(decide(facts._replace(**ALL_REPORTED), POLICY, NOW)) == (
+        outcome,
+        reason,
+        action,
+    )
+    assert outcome_of(decide(facts._replace(**BLOCKED), POLICY, NOW)) == (K, R.BLOCKED, None)
 
 
 @pytest.mark.parametrize("retired", [False, True])
 def test_every_report_must_have_been_begun_after_the_mark(retired: bool) -> None:
     """One report that was begun before keeps the base, and is named."""
-    facts = Facts(base(retired=retired, unused_since=LONG_AGO))
-    late = Situation(reports_begun={"new": NOW, "old": LONG_AGO})
-    decision = decide(facts, late, POLICY, NOW)
+    facts = Facts(
+        base(retired=retired, unused_since=LONG_AGO), reports_begun={"new": NOW, "old": LONG_AGO}
+    )
+    decision = decide(facts, POLICY, NOW)
     assert outcome_of(decision) == (K, R.WAITING_FOR_REPORTS, None)
     assert decision.verdict.sentence == "unused for 2 d; waiting for a newer report of old"
 
@@ -269,7 +275,7 @@ def test_unmarked_bases_go_the_same_way_if_they_are_included() -> None:
     policy = Policy(after=DAY, report_age=HOUR, unmarked=True)
     steps = [base(image_id=None), base(image_id=None, unused_since=LONG_AGO)]
     steps.append(base(image_id=None, retired=True, unused_since=LONG_AGO))
-    actions = [decide(Facts(step), ALL_REPORTED, policy, NOW).action for step in steps]
+    actions = [decide(Facts(step, **ALL_REPORTED), policy, NOW).action for step in steps]
     assert actions == [Action.SET_MARK, Action.RETIRE, Action.REMOVE]
 
 
@@ -657,7 +663,8 @@ class Bases(RuleBasedStateMachine):
         images = {
             image: Image(id=image, status=status) for image, status in self.world.in_glance.items()
         }
-        result = clean_up(options, lambda: Cloud(hosts, images, images.__contains__), Clock())
+        cloud = Cloud(hosts, images, OneImageGlance(images.__contains__))
+        result = clean_up(options, lambda: cloud, boot_time())
         return {each.cache_name: each.verdict.outcome for each in result.pass_.results}
 
     def _end(self) -> None:

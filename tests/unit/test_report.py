@@ -94,7 +94,7 @@ ALL_KINDS = Reclaimable(
             "2 linked, 1 waiting, 0.9 s",
         ),
         (pass_with(Outcome.LINKED, dry_run=True), "dry run: 1 linked, 0.9 s"),
-        (pass_of(settled=[ID, OTHER_ID]), "2 present, 0.9 s"),
+        (pass_of(present=[ID, OTHER_ID]), "2 present, 0.9 s"),
         (
             pass_of(reclaimable=ORPHANS),
             "nothing to report, 2.0 KiB reclaimable (1 orphans), 0.9 s",
@@ -167,7 +167,7 @@ def test_sizes_are_in_powers_of_1024(size: int | None, text: str) -> None:
 def test_images_that_are_as_expected_are_listed_only_on_request() -> None:
     """Images that are present, and files that Glance does not know, are counted in any case."""
     unknown = Result(cache_name=cache_name(OTHER_ID), verdict=NOT_KNOWN, id=OTHER_ID, size=7)
-    pass_ = pass_of(unknown, result_of(Outcome.PRESENT), settled=[ID])
+    pass_ = pass_of(unknown, result_of(Outcome.PRESENT), present=[ID])
     assert report.list_results(pass_, everything=False) == []
     listed = [result.id for result in report.list_results(pass_, everything=True)]
     assert listed == [OTHER_ID, ID, ID]

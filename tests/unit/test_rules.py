@@ -19,6 +19,7 @@ from ln_images.model import (
     Base,
     Decision,
     DiskUsage,
+    Facts,
     File,
     Image,
     LinkPolicy,
@@ -33,7 +34,7 @@ from ln_images.model import (
 )
 from ln_images.rules import QUIET_SECONDS, decide, is_correct, judge_error, judge_image
 from ln_images.scan import MOST_BASES, MOST_FOREIGN_NAMES, Scan, reclaimable, scan
-from ln_images.store import Facts, Store, is_fresh_download
+from ln_images.store import Store, is_fresh_download
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER_ID = "a0000000-0000-4000-8000-000000000000"
@@ -599,14 +600,14 @@ class FakeStore:
 def scan_of(
     images: Mapping[str, int],
     cache: Mapping[str, File | OSError | None],
-    trust_links: bool = True,
+    policy: LinkPolicy | None = POLICY,
 ) -> Scan:
     """Return the scan of two directories."""
-    return scan(cast(Store, FakeStore(images, cache)), POLICY, trust_links)
+    return scan(cast(Store, FakeStore(images, cache)), policy)
 
 
 @pytest.mark.parametrize(
-    ("name", "entry", "settled"),
+    ("name", "entry", "is_present"),
     [
         pytest.param(NAME, LINK, True, id="as it must be"),
         pytest.param(NAME, LINK._replace(marks=MARKS_UNSUPPORTED), True, id="no marks possible"),
@@ -623,11 +624,11 @@ def scan_of(
         pytest.param(NAME, None, False, id="gone meanwhile"),
     ],
 )
-def test_only_a_correct_link_is_settled(name: str, entry: File | None, settled: bool) -> None:
+def test_only_a_correct_link_is_present(name: str, entry: File | None, is_present: bool) -> None:
     """Glance is not queried about an image whose link is correct in everything."""
     found = scan_of({ID: 11}, {name: entry})
-    assert (list(found.settled), list(found.unsettled)) == (([ID], []) if settled else ([], [ID]))
-    assert scan_of({ID: 11}, {name: entry}, trust_links=False).unsettled == [ID]
+    assert (list(found.present), list(found.to_check)) == (([ID], []) if is_present else ([], [ID]))
+    assert scan_of({ID: 11}, {name: entry}, policy=None).to_check == [ID]
 
 
 def test_an_entry_that_cannot_be_read_does_not_end_the_scan() -> None:
@@ -637,22 +638,22 @@ def test_an_entry_that_cannot_be_read_does_not_end_the_scan() -> None:
     cache: dict[str, File | OSError | None] = {NAME: error}
     cache |= {OTHER_NAME: other_link, "0" * 40: error, "1" * 40: UNMARKED}
     found = scan_of({ID: 11, OTHER_ID: 12}, cache)
-    assert (found.settled, found.unsettled) == ([OTHER_ID], [ID])
+    assert (found.present, found.to_check) == ([OTHER_ID], [ID])
     assert found.broken == {"0" * 40: judge_error(error, is_root=True)}
     assert [base.name for base in found.bases] == ["1" * 40]
 
 
-def test_two_images_on_one_inode_are_both_settled() -> None:
+def test_two_images_on_one_inode_are_both_present() -> None:
     """A tool that deduplicates the store leaves one inode to two images, with one mark."""
     entry = LINK._replace(links=4)
     found = scan_of({ID: 11, OTHER_ID: 11}, {NAME: entry, OTHER_NAME: entry})
-    assert sorted(found.settled) == sorted([ID, OTHER_ID])
+    assert sorted(found.present) == sorted([ID, OTHER_ID])
 
 
-def test_directories_that_list_other_inodes_settle_nothing() -> None:
+def test_directories_that_list_other_inodes_show_no_link() -> None:
     """On file systems such as overlayfs each image is looked at by itself."""
     found = scan_of({ID: 99}, {NAME: LINK})
-    assert (found.settled, found.unsettled) == ([], [ID])
+    assert (found.present, found.to_check) == ([], [ID])
 
 
 @pytest.mark.parametrize(
@@ -689,14 +690,14 @@ def test_a_mark_counts_only_if_it_fits_the_name(mark: str) -> None:
 def test_an_entry_under_the_name_of_an_image_here_is_no_base() -> None:
     """A copy or an earlier image of an id belongs to that image's verdict, not to the bases."""
     found = scan_of({ID: 11}, {NAME: ORPHAN})
-    assert (found.unsettled, found.bases) == ([ID], [])
+    assert (found.to_check, found.bases) == ([ID], [])
 
 
 def test_a_cache_full_of_foreign_names_is_not_read_to_its_end() -> None:
     """The scan looks at a bounded number of bases, and still finds the link of each image."""
     names = {f"{number:040x}": UNMARKED for number in range(MOST_BASES + 1)}
     found = scan_of({ID: 11}, {**names, NAME: LINK})
-    assert (len(found.bases), found.has_more_bases, found.settled) == (MOST_BASES, True, [ID])
+    assert (len(found.bases), found.has_more_bases, found.present) == (MOST_BASES, True, [ID])
     assert not scan_of({ID: 11}, {NAME: LINK}).has_more_bases
 
 
@@ -704,7 +705,7 @@ def test_a_list_of_names_that_was_cut_off_hides_no_link() -> None:
     """If the cache has too many names to list all, each image's own name is looked at."""
     names = dict.fromkeys((f"x{number}" for number in range(MOST_FOREIGN_NAMES + 1)), UNMARKED)
     found = scan_of({ID: 11}, {**names, NAME: LINK})
-    assert (found.settled, list(found.bases), found.has_more_bases) == ([ID], [], True)
+    assert (found.present, list(found.bases), found.has_more_bases) == ([ID], [], True)
 
 
 def test_reclaimable_space_is_that_of_files_with_one_name() -> None:

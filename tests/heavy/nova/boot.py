@@ -1,6 +1,4 @@
-"""``make boot``.
-
-How long the first boot of an image takes with the link and without, on a Nova that boots servers.
+"""``make boot``: measure first boots of images with a link and without, on a real Nova.
 
 What is compared takes turns in one run. Every server is a real guest that proves on its console
 that it booted.
@@ -31,20 +29,18 @@ PICTURE = ROOT / "docs" / "first-boot.svg"
 GIB = 1024
 
 NOTES = """
-The time is from `POST /servers` to the status ACTIVE, and to the first line that the guest prints. Each image is of
-random data and has never been used by this compute node: between two measurements its server and its base are removed.
-Nova has `force_raw_images = False`, as docs/production.md says. "Second boot" is one more server after "linked
-before". "Pre-cached" is after `openstack aggregate cache image`, which takes as long as "pre-caching itself". Guests
-run without hardware virtualisation; Glance, Nova and the guests share one machine, its disk and its loopback, so a
-download here never waits for a network.
+The time is from `POST /servers` to the status ACTIVE, and to the first line that the guest prints.
+Each image has random data, and this compute node has never used it: between two measurements its
+server and its base are removed. Nova has `force_raw_images = False`, as docs/install.md says.
+"Second boot" is one more server after "linked before". "Pre-cached" is after
+`openstack aggregate cache image`, which takes as long as "pre-caching itself". Guests run without
+hardware virtualisation. Glance, Nova and the guests share one machine, its disk and its loopback,
+so that a download here never waits for a network.
 """
 
 
 class Boot(NamedTuple):
-    """One first boot.
-
-    Seconds until ACTIVE and until the guest's first line, and bytes that Glance served for it.
-    """
+    """One boot: seconds until ACTIVE and until the guest's first line, and bytes Glance served."""
 
     active: float
     guest: float
@@ -55,25 +51,26 @@ Figures = defaultdict[tuple[int, str, str], list[Boot]]
 
 
 def main() -> None:
-    """Measures, prints the tables and draws the picture."""
+    """Measure, print the tables and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sizes", default="1024,4096,8192", help="in MiB")
-    parser.add_argument("--formats", default=",".join(FORMATS))
-    parser.add_argument("--racers", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3, help="how often to measure each")
+    parser.add_argument("--sizes", default="1024,4096,8192", help="sizes of images, in MiB")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="their disk formats")
+    parser.add_argument("--racers", type=int, default=20, help="how many servers take the race")
     options = parser.parse_args()
     formats = options.formats.split(",")
     sizes = [int(size) for size in options.sizes.split(",")]
     figures: Figures = defaultdict(list)
-    say("starting the cloud and a compute node")
+    print_progress("starting the cloud and a compute node")
     with Rig(Path(os.environ["RIG_DIRECTORY"])) as rig:
         lab = Lab(rig, figures, formats)
-        fetched = lab.race(options.racers)
+        downloads = lab.race(options.racers)
         for size in sizes:
             lab.compare(size, options.rounds)
     print_tables(figures, sizes, formats)
     print(
-        f"\nOf {options.racers} servers created the instant their image was active, {fetched} fetched it.\n{NOTES}"
+        f"\nOf {options.racers} servers created the instant their image was active, Nova downloaded"
+        f" the image of {downloads}.\n{NOTES}"
     )
     draw(figures, sizes)
 
@@ -90,11 +87,11 @@ class Lab:
         rig.compute.post(f"{self._aggregate}/action", json={"add_host": {"host": rig.node.name}})
 
     def compare(self, size: int, rounds: int) -> None:
-        """All ways to boot an image of ``size`` MiB, in turn.
+        """Boot an image of ``size`` MiB in all ways, in turn.
 
         Each round begins with another one.
         """
-        say(f"{size} MiB: making the images")
+        print_progress(f"{size} MiB: making the images")
         images, proof = self._images(size)
         for number in range(rounds):
             ways = [
@@ -107,7 +104,7 @@ class Lab:
                 for name, boot in self._boots(way, images[disk_format], proof):
                     self._figures[size, disk_format, name].append(boot)
                     took = f"{boot.active:.1f} s, {boot.served / guest.MIB:.0f} MiB served"
-                    say(
+                    print_progress(
                         f"{size} MiB, round {number + 1} of {rounds}: {disk_format}, {name}: {took}"
                     )
         for image in images.values():
@@ -115,11 +112,13 @@ class Lab:
             self._rig.entry(image).unlink(missing_ok=True)
 
     def race(self, racers: int) -> int:
-        """Servers created the instant their image is active, under ``--every 10``.
+        """Create servers the instant their images are active, under ``--every 10``.
 
-        How many images were fetched.
+        Return how many of the images Nova downloaded.
         """
-        say(f"the race: {racers} servers of {racers} images, each created when its image is active")
+        print_progress(
+            f"the race: {racers} servers of {racers} images, each created when its image is active"
+        )
         path = self._rig.directory / "racer.raw"
         guest.make(path, 64 * guest.MIB)
         servers = []
@@ -148,10 +147,13 @@ class Lab:
         return images, proof
 
     def _boots(self, way: str, image: str, proof: str) -> Iterator[tuple[str, Boot]]:
-        """Boots a server of an image that the node does not know, in one of the ways, and clears up after it."""
+        """Boot a server of an image that the node has not used yet, in one of the ways.
+
+        In the end remove the server and the base.
+        """
         rig = self._rig
         servers = []
-        # A pass links every image, also those whose turn is another way.
+        # A pass links every image, even one whose turn is another way.
         rig.entry(image).unlink(missing_ok=True)
         if way == LINKED:
             rig.ln_images()
@@ -187,41 +189,56 @@ class Lab:
 
 
 def median(boots: Sequence[Boot]) -> Boot:
-    """The median of each column."""
+    """Return the median of each column."""
     return Boot(*(statistics.median(column) for column in zip(*boots, strict=True)))
 
 
 def print_tables(figures: Figures, sizes: Sequence[int], formats: Sequence[str]) -> None:
-    """The ratios first, and then what they are made of."""
+    """Print the ratios, and then the seconds that they are made of."""
     rounds = len(next(iter(figures.values())))
-    print(
-        f"\n| medians of {rounds} | Nova downloads / linked | pre-caching and boot / linked | second boot / linked |"
+    print_heading(
+        f"medians of {rounds}",
+        *("Nova downloads / linked", "pre-caching and boot / linked", "second boot / linked"),
     )
-    print("| --- | ---: | ---: | ---: |")
     for size in sizes:
         for disk_format in formats:
             active = {way: median(figures[size, disk_format, way]).active for way in ways()}
             ratios = (active[DOWNLOADED], active[PRECACHING] + active[CACHED], active[SECOND])
-            cells = " | ".join(f"{seconds / active[LINKED]:.1f}" for seconds in ratios)
-            print(f"| {size / GIB:g} GiB, {disk_format} | {cells} |")
-    print(
-        "\n| seconds | to ACTIVE | shortest | longest | to the guest's first line | MiB that Glance served |"
+            cells = [f"{seconds / active[LINKED]:.1f}" for seconds in ratios]
+            print_row(f"{size / GIB:g} GiB, {disk_format}", *cells)
+    print_heading(
+        *("seconds", "to ACTIVE", "shortest", "longest"),
+        *("to the guest's first line", "MiB that Glance served"),
     )
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for size in sizes:
         for disk_format in formats:
             for way in ways():
                 boots = figures[size, disk_format, way]
-                middle, every = median(boots), [boot.active for boot in boots]
-                guests = "" if way == PRECACHING else f"{middle.guest:.1f}"
-                print(
-                    f"| {size / GIB:g} GiB, {disk_format}: {way} | {middle.active:.1f} | {min(every):.1f} |"
-                    f" {max(every):.1f} | {guests} | {middle.served / guest.MIB:.0f} |"
+                middle = median(boots)
+                print_row(
+                    f"{size / GIB:g} GiB, {disk_format}: {way}",
+                    f"{middle.active:.1f}",
+                    f"{min(boot.active for boot in boots):.1f}",
+                    f"{max(boot.active for boot in boots):.1f}",
+                    "" if way == PRECACHING else f"{middle.guest:.1f}",
+                    f"{middle.served / guest.MIB:.0f}",
                 )
 
 
+def print_heading(*headings: str) -> None:
+    """Begin a Markdown table."""
+    print()
+    print_row(*headings)
+    print_row("---", *("---:" for _ in headings[1:]))
+
+
+def print_row(*cells: str) -> None:
+    """Print one line of a Markdown table."""
+    print(f"| {' | '.join(cells)} |")
+
+
 def draw(figures: Figures, sizes: Sequence[int]) -> None:
-    """The picture: seconds against size, of the first format."""
+    """Draw the picture: seconds against size, for the first format."""
     disk_format = next(iter(figures))[1]
     lines = {
         way: [median(figures[size, disk_format, way]).active for size in sizes]
@@ -234,12 +251,12 @@ def draw(figures: Figures, sizes: Sequence[int]) -> None:
 
 
 def ways() -> tuple[str, ...]:
-    """All that is measured, in the order of the tables."""
+    """Return the names of what is measured, in the order of the tables."""
     return (DOWNLOADED, LINKED, SECOND, PRECACHING, CACHED)
 
 
-def say(what: str) -> None:
-    """Tells what is being done, on standard error."""
+def print_progress(what: str) -> None:
+    """Print what is being done, on standard error."""
     print(what, file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,6 @@
-"""Draws seconds against size as an SVG.
+"""Draw seconds against size as an SVG.
 
-Reads what to draw as JSON, and runs where matplotlib is.
+It reads what to draw as JSON from standard input, and runs in the environment that has matplotlib.
 """
 
 import json
@@ -15,16 +15,16 @@ LABELS = {"Nova downloads": "Nova downloads the image", "linked before": "ln-ima
 
 
 def main() -> None:
-    """One line for each way to boot, named at its end."""
+    """Draw one line for each way to boot, with its name at its end."""
     mpl.use("svg")
     from matplotlib import pyplot
 
-    asked = json.load(sys.stdin)
+    figures = json.load(sys.stdin)
     mpl.rcParams.update({"svg.hashsalt": "ln-images", "font.size": 11, "font.family": "sans-serif"})
     figure, axes = pyplot.subplots(figsize=(7.2, 3.6), layout="constrained")
-    for way, seconds in asked["lines"].items():
-        axes.plot(asked["sizes"], seconds, marker="o", color=COLOURS[way], linewidth=2)
-        for size, each in zip(asked["sizes"], seconds, strict=True):
+    for way, seconds in figures["lines"].items():
+        axes.plot(figures["sizes"], seconds, marker="o", color=COLOURS[way], linewidth=2)
+        for size, each in zip(figures["sizes"], seconds, strict=True):
             axes.annotate(
                 f"{each:.1f} s",
                 (size, each),
@@ -33,7 +33,7 @@ def main() -> None:
                 ha="center",
                 color=COLOURS[way],
             )
-        end = (asked["sizes"][-1], seconds[-1])
+        end = (figures["sizes"][-1], seconds[-1])
         axes.annotate(
             LABELS[way],
             end,
@@ -46,13 +46,13 @@ def main() -> None:
     axes.set_xlabel("size of the image in GiB")
     axes.set_ylabel("seconds")
     axes.set_title("First boot of an image: from POST /servers to ACTIVE", loc="left")
-    axes.set_xticks(asked["sizes"])
-    longest = max(asked["lines"]["Nova downloads"])
+    axes.set_xticks(figures["sizes"])
+    longest = max(figures["lines"]["Nova downloads"])
     axes.set_ylim(bottom=-0.12 * longest, top=1.2 * longest)
-    axes.set_xlim(left=0, right=asked["sizes"][-1] * 1.08)
+    axes.set_xlim(left=0, right=figures["sizes"][-1] * 1.08)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    figure.savefig(asked["path"], metadata={"Date": None})
+    figure.savefig(figures["path"], metadata={"Date": None})
 
 
 if __name__ == "__main__":

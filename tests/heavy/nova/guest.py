@@ -1,6 +1,6 @@
 """A disk that boots in seconds without hardware help, and proves on its serial console that it did.
 
-Debian's kernel and busybox lie on a small FAT file system at its beginning, from which syslinux
+Debian's kernel and busybox are on a small FAT file system at its beginning, from which syslinux
 starts them. Random data fills the rest. The guest prints the MD5 of the first part of its disk,
 random data included, and then again and again that it still reads the disk.
 """
@@ -27,7 +27,14 @@ BOOT_MIB, PROVED_MIB = 20, 24
 SMALLEST = 28 * MIB
 # The lines that the guest prints begin so.
 UP, PROOF, ALIVE = "guest: up", "guest: md5 ", "guest: alive"
-SYSLINUX = "DEFAULT linux\nPROMPT 0\nTIMEOUT 0\nLABEL linux\n  KERNEL vmlinuz\n  INITRD initrd\n  APPEND {append}\n"
+SYSLINUX = """DEFAULT linux
+PROMPT 0
+TIMEOUT 0
+LABEL linux
+  KERNEL vmlinuz
+  INITRD initrd
+  APPEND {append}
+"""
 APPEND = "console=ttyS0 quiet panic=-1 mitigations=off"
 INIT = f"""#!/busybox sh
 /busybox mkdir -p /proc /sys /dev
@@ -37,7 +44,8 @@ INIT = f"""#!/busybox sh
 exec >/dev/ttyS0 2>&1
 for module in {" ".join(MODULES)}; do /busybox insmod /$module.ko; done
 echo "{UP}"
-echo "{PROOF}$(/busybox dd if=/dev/vda bs=1M count={PROVED_MIB} 2>/dev/null | /busybox md5sum | /busybox cut -c -32)"
+sum=$(/busybox dd if=/dev/vda bs=1M count={PROVED_MIB} 2>/dev/null | /busybox md5sum)
+echo "{PROOF}${{sum%% *}}"
 while /busybox sleep 3; do
     /busybox dd if=/dev/vda of=/dev/null bs=64k count=1 iflag=direct 2>/dev/null && echo "{ALIVE}"
 done
@@ -45,7 +53,7 @@ done
 
 
 def make(path: Path, size: int = SMALLEST) -> str:
-    """Makes a raw disk of ``size`` bytes of real data, and returns the MD5 that its guest will print."""
+    """Make a raw disk of ``size`` bytes of real data. Return the MD5 that its guest will print."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch, path.open("wb") as disk:
         directory = Path(scratch)
         boot = directory / "boot"
@@ -64,7 +72,7 @@ def make(path: Path, size: int = SMALLEST) -> str:
 
 
 def qcow2(raw: Path, path: Path) -> None:
-    """Makes the same disk as a qcow2 file."""
+    """Make the same disk as a qcow2 file."""
     _run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(path))
 
 

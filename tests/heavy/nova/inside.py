@@ -1,12 +1,10 @@
-"""``inside.py COMMAND``.
-
-Runs a command as root on a machine of its own, of which nothing is left when it ends.
+"""``inside.py COMMAND``: run a command as root on a machine of its own, which then disappears.
 
 The machine is a set of Linux namespaces: processes, mounts, network, host name. What is written
 below /etc, /run, /tmp, /var and at home goes into memory, so that users, daemons and their files
-can be made with the paths that production has. When the command ends, or this program is ended
-however it may be, the kernel ends every process in there, and with them go the mounts.
-``RIG_DIRECTORY`` names a directory on disk for what is too big for memory; it is removed in the
+can be made with the paths that production has. When the command ends, or this program ends
+for whatever reason, the kernel ends every process of that machine, and with them the mounts.
+``RIG_DIRECTORY`` names a directory on disk for what is too big for memory. It is removed in the
 end.
 """
 
@@ -24,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
-# Where the project's ``.nova`` is in there: Nova's user may not be let into the project.
+# Where the project's ``.nova`` is on that machine: Nova's user may have no access to the project.
 NOVA = Path("/run/nova")
 UNSHARE = (
     "unshare",
@@ -41,10 +39,10 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 
 
 def main(*command: str) -> int:
-    """Makes the machine, runs the command there and returns its status."""
+    """Make the machine, run the command there, and return its status."""
     if os.getuid():
         sys.exit(
-            "This makes users, mounts and virtual machines in namespaces of its own: run it as root."
+            "inside.py: it makes users, mounts and virtual machines in namespaces; run it as root"
         )
     directory = tempfile.mkdtemp(prefix="ln-images-nova-")
     os.chmod(directory, 0o755)  # noqa: S103
@@ -78,14 +76,14 @@ def main(*command: str) -> int:
 
 
 def _interrupt(number: int, _frame: object) -> None:
-    """The first signal ends it; the clean-up is not to be interrupted."""
+    """End at the first signal. The clean-up that follows is not interrupted."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
 def _remove(directory: str) -> None:
-    """Removes the directory. The last processes that write there may still be ending."""
+    """Remove the directory. The last processes that write there may still be ending."""
     deadline = time.monotonic() + 60
     while os.path.exists(directory) and time.monotonic() < deadline:
         shutil.rmtree(directory, ignore_errors=True)
@@ -93,13 +91,13 @@ def _remove(directory: str) -> None:
 
 
 def inside(*command: str) -> int:
-    """As the first process in there.
+    """Be the first process of the machine: make the mounts, and run the command.
 
-    Makes the mounts, runs the command, and is the parent of every orphan.
+    It is the parent of every orphan.
     """
     _loopback_up()
     _mount("-t", "tmpfs", "tmpfs", "/run")
-    # libvirt goes on without control groups where it finds none, and leaves none behind.
+    # Without control groups libvirt works as well, and leaves none behind.
     subprocess.run(
         ["umount", "--recursive", "/sys/fs/cgroup"], check=False, stderr=subprocess.DEVNULL
     )
@@ -108,8 +106,8 @@ def inside(*command: str) -> int:
     _mount("--bind", str(ROOT / ".nova"), str(NOVA))
     _hide_kvm()
     started = subprocess.Popen(command)
-    # Daemons' children become this one's: whoever waits for their end sees it only when they are
-    # buried.
+    # Children of daemons become children of this process. Whoever waits for their end sees it only
+    # after this process has waited for them.
     while True:
         pid, status = os.wait()
         if pid == started.pid:
@@ -117,14 +115,14 @@ def inside(*command: str) -> int:
 
 
 def _write_in_memory() -> None:
-    """Lays memory over the directories where daemons write.
+    """Lay memory over the directories where daemons write.
 
-    The project and the rig's directory stay what they are.
+    The project and the rig's directory stay as they are.
     """
     kept = {path: os.open(path, os.O_PATH) for path in (str(ROOT), os.environ["RIG_DIRECTORY"])}
     memory = Path("/run/overlays")
     memory.mkdir()
-    # Nova's user, too, must reach its Python, wherever it was installed.
+    # Even Nova's user must reach its Python, wherever that is installed.
     closed = {ancestor for ancestor in Path(sys.base_prefix).parents if _closed(ancestor)}
     for path in sorted({Path("/etc"), Path("/tmp"), Path("/var"), Path.home()} | closed):
         upper, work = memory / f"upper{path}", memory / f"work{path}"
@@ -144,11 +142,11 @@ def _write_in_memory() -> None:
 
 
 def _hide_kvm() -> None:
-    """Takes hardware help away, which not every machine has.
+    """Hide hardware virtualisation, which not every machine has.
 
-    Where only root may use it, libvirtd finds it and libvirt's QEMU does not: it then asks QEMU
-    anew what it can at every step, which takes each server seven seconds (libvirt 9.0.0,
-    virQEMUCapsIsValid in qemu_capabilities.c).
+    If only root may use it, libvirtd finds it and libvirt's QEMU does not. Then libvirt probes QEMU
+    anew at every step, which takes each server seven seconds (libvirt 9.0.0, virQEMUCapsIsValid in
+    qemu_capabilities.c).
     """
     if Path("/dev/kvm").exists():
         nothing = Path("/run/no-kvm")

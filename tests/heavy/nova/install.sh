@@ -1,6 +1,7 @@
 #!/bin/sh
-# install.sh DIRECTORY: what the rig needs from Debian, and the guests' kernel into the directory. Nothing that is
-# installed is started: the rig starts its own.
+# install.sh DIRECTORY
+# Install what the rig needs from Debian, and put the guests' kernel into the directory. Nothing that is
+# installed is started, because the rig starts its own daemons.
 set -eu
 here=$(dirname "$0")
 policy=/usr/sbin/policy-rc.d
@@ -23,7 +24,7 @@ fi
     openssh-server openssh-client
 "$here/../../../tools/need.sh" "command -v syslinux && command -v mcopy && command -v mkfs.vfat && test -x /bin/busybox" \
     syslinux mtools dosfstools busybox-static
-# The kernel that the guests boot is taken out of its package: installed, it would become this machine's own.
+# The kernel that the guests boot is unpacked. If it were installed, this machine would boot it as well.
 guest=$1
 if [ ! -e "$guest/vmlinuz" ]; then
     rm -rf "$guest"

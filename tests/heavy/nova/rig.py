@@ -1,11 +1,9 @@
-"""A whole OpenStack that boots servers, on one machine.
+"""A whole OpenStack that boots servers, on one machine, which ``inside.py`` makes.
 
-Run it below ``inside.py``, which makes that machine.
-
-Keystone and Glance (``cloud.py``), placement, Nova's API, conductor and scheduler, MariaDB,
-RabbitMQ, and compute nodes with libvirt and QEMU, each in a mount namespace of its own. Everything
-lies where production has it, so ``ln-images`` runs with its defaults. Neutron is the one part that
-is not real: it answers that there are no networks.
+It has Keystone and Glance (``cloud.py``), placement, Nova's API, conductor and scheduler, MariaDB,
+RabbitMQ, and compute nodes with libvirt and QEMU, each in a mount namespace of its own. Every file
+is where production has it, so ``ln-images`` runs with its defaults. Neutron is the one part that is
+not real: it answers that there are no networks.
 
 ``python rig.py`` alone starts it with one node and waits until it is interrupted.
 """
@@ -30,7 +28,7 @@ from keystoneauth1 import adapter, exceptions
 from inside import NOVA
 from support.cloud import PASSWORD, REGION, ROOT, Cloud, wait_until
 
-# What let this module be found is not for the servers.
+# The servers must not import modules of the tests.
 os.environ.pop("PYTHONPATH", None)
 COMMAND = Path(sys.executable).with_name("ln-images")
 PRUNE = Path(sys.executable).with_name("ln-images-prune")
@@ -52,7 +50,7 @@ DATABASES = ("placement", "nova_api", "nova_cell0", "nova")
 
 # Whether Nova makes its own copy of a qcow2 image raw, which is its default.
 AS_THEY_ARE, CONVERTED = "force_raw_images = False", "force_raw_images = True"
-# What the documents say about Nova's cache manager.
+# The setting of Nova's cache manager that the documents demand.
 KEEP_BASES = "remove_unused_base_images = False"
 
 AUTH = """
@@ -117,8 +115,8 @@ send_service_user_token = False
 [neutron]
 {auth}
 """
-# A build under load must not wait for another's answer, nor the connection be given up for one that
-# comes late.
+# Under load a build must not wait for the answer to another one, and no connection may be closed
+# because an answer comes late.
 LIBVIRTD_CONF = """
 unix_sock_group = "libvirt"
 auth_unix_ro = "none"
@@ -156,13 +154,13 @@ class Node:
         return self.state / "instances"
 
     def run(self, *command: str, check: bool = True) -> str:
-        """Runs a command on the node, as root, and returns what it prints."""
+        """Run a command on the node, as root, and return what it prints."""
         return subprocess.run(
             [*self._entered(), *command], check=check, capture_output=True, text=True
         ).stdout
 
     def start(self, **settings: str) -> None:
-        """Starts nova-compute, with other settings than before where any are given, and waits until it is up."""
+        """Start nova-compute with its former settings and these, and wait until it is up."""
         self.settings |= settings
         lines = [f"[DEFAULT]\nhost = {self.name}\nmy_ip = {self.address}\n"]
         lines += [f"[{section}]\n{text}\n" for section, text in self.settings.items()]
@@ -178,7 +176,6 @@ class Node:
     def restart_with_arguments(self, *arguments: str) -> None:
         """Start nova-compute anew with other arguments; :meth:`runs_with` undoes that."""
         self.stop()
-        self._force_down(False)
         self.settings = {"other": "arguments"}
         self._last_seen = (self._service() or {}).get("updated_at")
         self._spawn_compute(arguments)
@@ -189,12 +186,13 @@ class Node:
             *(*self._entered(), "setpriv", "--reuid=nova", "--regid=nova", "--init-groups"),
             *(str(NOVA / "bin/python"), str(NOVA / "bin/nova-compute"), *arguments),
         )
+        wait_until(self._allow_up, f"{self.name}", START_SECONDS)
         wait_until(self._up, f"{self.name}", START_SECONDS)
 
     def stop(self) -> None:
-        """Ends nova-compute, which would take a minute to say goodbye; its servers run on.
+        """Kill nova-compute, which would take a minute to end. Its servers run on.
 
-        Nova calls it down.
+        Nova then lists it as down.
         """
         assert self._compute
         self._compute.kill()
@@ -203,22 +201,21 @@ class Node:
 
     @property
     def running(self) -> bool:
-        """Whether nova-compute is at work."""
+        """Whether nova-compute runs."""
         return self._compute is not None and self._compute.poll() is None
 
     def runs_with(self, **settings: str) -> None:
-        """Starts nova-compute anew where it does not run, or not with exactly these settings beside its first."""
+        """Restart nova-compute unless it runs with its first settings and exactly these."""
         wanted = self._first | settings
         if self.running and self.settings == wanted:
             return
         if self.running:
             self.stop()
-        self._force_down(False)
         self.settings = {}
         self.start(**wanted)
 
     def console(self, server: str) -> str:
-        """What the server has printed since it was last started."""
+        """Return what the server has printed since it was last started."""
         path = self.instances / server / "console.log"
         return path.read_text(errors="replace").replace("\r", "") if path.exists() else ""
 
@@ -242,20 +239,20 @@ class Node:
         return [check["name"] for check in checks if check["state"] == "WRONG"]
 
     def chain(self, server: str, disk: str = "disk") -> list[dict[str, Any]]:
-        """What ``qemu-img info`` says of a server's disk and of every file that backs it."""
+        """Return what ``qemu-img info`` prints of a server's disk and of its backing files."""
         path = STATE / "instances" / server / disk
         chain = self.run(
             "qemu-img", "info", "--force-share", "--backing-chain", "--output=json", str(path)
         )
-        found: list[dict[str, Any]] = json.loads(chain)
-        return found
+        files: list[dict[str, Any]] = json.loads(chain)
+        return files
 
     def bases(self, server: str, disk: str = "disk") -> set[str]:
-        """The names in the cache of the files that back a server's disk."""
+        """Return the names in the cache of the files that back a server's disk."""
         return {Path(each["filename"]).name for each in self.chain(server, disk)[1:]}
 
     def first_sector(self, server: str) -> bytes:
-        """What a stopped server would read at the beginning of its disk."""
+        """Return what a stopped server would read at the beginning of its disk."""
         disk, read = (STATE / "instances" / server / name for name in ("disk", "read"))
         self.run(
             "qemu-img",
@@ -272,7 +269,7 @@ class Node:
         return (self.instances / server / "read").read_bytes()
 
     def rebase(self, server: str, base: str) -> None:
-        """Puts a stopped server's disk on another base of the same content."""
+        """Put a stopped server's disk on another base of the same content."""
         disk = str(STATE / "instances" / server / "disk")
         self.run("qemu-img", "rebase", "-u", "-F", "raw", "-b", str(BASE / base), disk)
 
@@ -323,10 +320,9 @@ class Node:
         )
 
     def _service(self) -> dict[str, Any] | None:
-        asked = {"binary": "nova-compute", "host": self.name}
-        services: list[dict[str, Any]] = self.rig.compute.get("/os-services", params=asked).json()[
-            "services"
-        ]
+        query = {"binary": "nova-compute", "host": self.name}
+        listing = self.rig.compute.get("/os-services", params=query).json()
+        services: list[dict[str, Any]] = listing["services"]
         return services[0] if services else None
 
     def _up(self) -> bool:
@@ -338,9 +334,22 @@ class Node:
             )
         service = self._service()
         hypervisors = self.rig.compute.get("/os-hypervisors/detail").json()["hypervisors"]
-        # What was seen of a nova-compute that has been ended since says nothing of this one.
-        seen = service and service["state"] == "up" and service["updated_at"] != self._last_seen
-        return bool(seen) and self.name in {each["hypervisor_hostname"] for each in hypervisors}
+        # A report of the nova-compute that ended before is not one of this nova-compute.
+        is_up = service and service["state"] == "up" and service["updated_at"] != self._last_seen
+        return bool(is_up) and self.name in {each["hypervisor_hostname"] for each in hypervisors}
+
+    def _allow_up(self) -> bool:
+        """Let Nova call the node up again. Return whether it does.
+
+        After an evacuation, Nova refuses that until nova-compute has removed the servers that left.
+        """
+        time.sleep(0.5)
+        try:
+            if self._service() is not None:
+                self._force_down(False)
+        except exceptions.BadRequest:
+            return False
+        return True
 
     def delete_service(self) -> None:
         """Delete the node in Nova, so that Nova no longer lists it."""
@@ -363,6 +372,7 @@ class Rig:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.nodes: list[Node] = []
+        self._last_number = 0
         self._processes: list[subprocess.Popen[bytes]] = []
         self._network = ThreadingHTTPServer(("127.0.0.1", NETWORK), _NoNetworks)
 
@@ -390,21 +400,23 @@ class Rig:
     def add_node(self, **settings: str) -> Node:
         """Start one more compute node, with the settings that the documents demand, and others."""
         settings = {"DEFAULT": AS_THEY_ARE, "image_cache": KEEP_BASES, **settings}
-        self.nodes.append(Node(self, len(self.nodes) + 1, **settings))
+        # A node that was removed leaves its files behind, so no number is used again.
+        self._last_number += 1
+        self.nodes.append(Node(self, self._last_number, **settings))
         return self.nodes[-1]
 
     def remove_node(self, node: Node) -> None:
         """Remove a compute node for good, with its servers, as an operator does."""
         node.runs_with()
-        found = self.compute.get("/servers", params={"all_tenants": "1", "host": node.name})
-        self.delete(*[server["id"] for server in found.json()["servers"]])
+        servers = self.compute.get("/servers", params={"all_tenants": "1", "host": node.name})
+        self.delete(*[server["id"] for server in servers.json()["servers"]])
         node.stop()
         node.delete_service()
         (LOCKS / "ln-images" / f"{node.name}.json").unlink(missing_ok=True)
         self.nodes.remove(node)
 
     def stop(self) -> None:
-        """Ends what was started, the last first.
+        """End what was started, the last first.
 
         What they started in turn ends with the machine.
         """
@@ -416,16 +428,17 @@ class Rig:
             self.cloud.stop()
         self._network.shutdown()
         self._network.server_close()
-        if kept := os.environ.get("RIG_LOGS"):
-            for logs in filter(
-                Path.exists, (LOGS, Path("/var/log/nova"), Path("/var/log/libvirt"))
-            ):
-                shutil.copytree(logs, Path(kept) / logs.name, dirs_exist_ok=True)
+        directory = os.environ.get("RIG_LOGS")
+        if not directory:
+            return
+        for logs in (LOGS, Path("/var/log/nova"), Path("/var/log/libvirt")):
+            if logs.exists():
+                shutil.copytree(logs, Path(directory) / logs.name, dirs_exist_ok=True)
 
     # What a user of the cloud does.
 
     def image(self, name: str, path: Path, disk_format: str = "raw", **properties: Any) -> str:
-        """Uploads a file as an image; it is active then."""
+        """Upload a file as an image, which is active then, and return its id."""
         image_id = self.cloud.create(name, disk_format=disk_format, **properties)
         with path.open("rb") as data:
             self.cloud.image_api().put(
@@ -438,7 +451,10 @@ class Rig:
     def boot(
         self, image: str, node: Node | None = None, flavor: str = "small", wait: bool = True
     ) -> str:
-        """Creates a server, and waits until it is active and its guest has proved that it booted."""
+        """Create a server, and return its id.
+
+        With ``wait``, wait until it is active and its guest has proved that it booted.
+        """
         document: dict[str, Any] = {
             "name": f"of-{image}",
             "imageRef": image,
@@ -456,45 +472,45 @@ class Rig:
         return server
 
     def server(self, server: str) -> dict[str, Any]:
-        """A server, as the administrator sees it."""
-        found: dict[str, Any] = self.compute.get(f"/servers/{server}").json()["server"]
-        return found
+        """Return a server, as the administrator sees it."""
+        document: dict[str, Any] = self.compute.get(f"/servers/{server}").json()["server"]
+        return document
 
     def wait(self, server: str, status: str, seconds: float = 300) -> None:
-        """Waits until a server has a status and no task is under way.
+        """Wait until a server has a status and no task is under way.
 
-        Another server's ERROR is not waited out.
+        If it is in ERROR instead, raise RuntimeError at once.
         """
         deadline = time.monotonic() + seconds
         while True:
-            found = self.server(server)
-            if found["OS-EXT-STS:task_state"] is None:
-                if found["status"] == status:
+            current = self.server(server)
+            if current["OS-EXT-STS:task_state"] is None:
+                if current["status"] == status:
                     return
-                if found["status"] == "ERROR":
+                if current["status"] == "ERROR":
                     raise RuntimeError(
-                        f"{server} is in ERROR: {found.get('fault', {}).get('message')}"
+                        f"{server} is in ERROR: {current.get('fault', {}).get('message')}"
                     )
             if time.monotonic() > deadline:
-                state = (found["status"], found["OS-EXT-STS:task_state"])
+                state = (current["status"], current["OS-EXT-STS:task_state"])
                 raise TimeoutError(f"{server} is {state} and not {status} after {seconds} s")
             time.sleep(0.1)
 
     def act(self, server: str, action: str, status: str, arguments: Any = None) -> None:
-        """Does something with a server, such as ``os-stop``, and waits for its new status."""
+        """Request an action, such as ``os-stop``, and wait for the server's new status."""
         self.compute.post(f"/servers/{server}/action", json={action: arguments})
         time.sleep(0.3)
         self.wait(server, status)
 
     def snapshot(self, server: str) -> str:
-        """Starts a snapshot of a server, and returns the id of its image, which is not active yet."""
+        """Start a snapshot of a server. Return the id of its image, which is not active yet."""
         answer = self.compute.post(
             f"/servers/{server}/action", json={"createImage": {"name": f"of-{server}"}}
         )
         return str(answer.json()["image_id"])
 
     def delete(self, *servers: str) -> None:
-        """Deletes servers at once and for good, and waits until nothing is left of them."""
+        """Delete servers at once and for good, and wait until nothing is left of them."""
         for server in servers:
             self.compute.post(f"/servers/{server}/action", json={"forceDelete": None})
         for server in servers:
@@ -503,18 +519,19 @@ class Rig:
     def proof(
         self, server: str, node: Node | None = None, line: str = "guest: md5 ", seconds: float = 600
     ) -> str:
-        """Waits until the guest has printed a line that begins so, and returns what follows."""
-        where = node or self.node
+        """Wait until the guest has printed a line that begins so, and return what follows."""
+        console = (node or self.node).console
 
-        def found() -> list[str]:
-            whole = where.console(server).split("\n")[:-1]
-            return [each.removeprefix(line) for each in whole if each.startswith(line)]
+        def list_matches() -> list[str]:
+            # The last line may be incomplete.
+            lines = console(server).split("\n")[:-1]
+            return [each.removeprefix(line) for each in lines if each.startswith(line)]
 
-        wait_until(found, f"{line!r} on {server}'s console", seconds)
-        return found()[0]
+        wait_until(list_matches, f"{line!r} on {server}'s console", seconds)
+        return list_matches()[0]
 
     def alive(self, server: str, times: int) -> None:
-        """Waits until the guest has said so often that it reads its disk."""
+        """Wait until the guest has printed so often that it reads its disk."""
         wait_until(
             lambda: self.node.console(server).count("guest: alive") >= times,
             f"{server} to read its disk",
@@ -524,7 +541,7 @@ class Rig:
     # What an operator does on the storage node.
 
     def ln_images(self, *arguments: str, status: int = 0) -> dict[str, Any]:
-        """Makes a pass with the defaults of production, and returns its report."""
+        """Run a pass with the defaults of production, and return its report."""
         run = subprocess.run(
             [COMMAND, "--format", "json", "--full", *arguments],
             env=self.operator(),
@@ -552,23 +569,24 @@ class Rig:
         return document
 
     def operator(self) -> dict[str, str]:
-        """The environment of the administrator's openrc."""
+        """Return the environment of an administrator's openrc."""
         kept = {key: value for key, value in os.environ.items() if key in ("PATH", "LANG")}
         return kept | self.cloud.environment() | {"LN_IMAGES_OWNER": OWNER}
 
     def served(self, image: str) -> int:
-        """How many bytes of an image Glance has served since it was started."""
+        """Return how many bytes of an image Glance has served since it was started."""
         lines = (self.cloud.directory / "glance-access.log").read_text().splitlines()
-        asked = [line for line in lines if f'"GET /v2/images/{image}/file' in line]
-        return sum(int(line.split('" ')[1].split()[1].replace("-", "0")) for line in asked)
+        requests = [line for line in lines if f'"GET /v2/images/{image}/file' in line]
+        # ... "GET /v2/images/<id>/file HTTP/1.1" 200 1048576 ...
+        return sum(int(line.split('" ')[1].split()[1].replace("-", "0")) for line in requests)
 
     @staticmethod
     def names() -> set[str]:
-        """Every name in the cache."""
+        """Return every name in the cache."""
         return {path.name for path in CACHE.iterdir()}
 
     def openstack(self, *arguments: str) -> str:
-        """Runs the OpenStack command line client as the administrator; it is answered yes."""
+        """Run the OpenStack command line client as the administrator, and answer yes."""
         command = [str(ROOT / ".openstack" / "bin" / "openstack"), *arguments]
         run = subprocess.run(
             command, env=self.operator(), capture_output=True, text=True, input="y\n", check=False
@@ -578,13 +596,13 @@ class Rig:
 
     @staticmethod
     def entry(image: str) -> Path:
-        """Where Nova looks for an image, on the storage node."""
+        """Return where Nova looks for an image, on the storage node."""
         return CACHE / hashlib.sha1(image.encode(), usedforsecurity=False).hexdigest()
 
     # How it is started.
 
     def spawn(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
-        """Starts a program, whose output goes to a log of its own."""
+        """Start a program, whose output goes to a log of its own."""
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("OS_")}
         LOGS.mkdir(exist_ok=True)
         with (LOGS / f"{name}.log").open("ab") as log:
@@ -602,7 +620,7 @@ class Rig:
 
     @staticmethod
     def log(name: str) -> str:
-        """The end of a program's log."""
+        """Return the end of a program's log."""
         return (LOGS / f"{name}.log").read_text(errors="replace")[-2000:]
 
     def _start(self) -> None:
@@ -665,9 +683,9 @@ class Rig:
             "--skip-test-db",
             NO_AIO,
         )
-        wishes = "".join(f"CREATE DATABASE {name};\n" for name in DATABASES)
-        wishes += "CREATE USER rig@'%';\nGRANT ALL ON *.* TO rig@'%';\n"
-        (data / "init.sql").write_text(wishes)
+        statements = "".join(f"CREATE DATABASE {name};\n" for name in DATABASES)
+        statements += "CREATE USER rig@'%';\nGRANT ALL ON *.* TO rig@'%';\n"
+        (data / "init.sql").write_text(statements)
         options = (
             "--skip-name-resolve",
             "--innodb-flush-log-at-trx-commit=0",
@@ -780,13 +798,13 @@ class Rig:
 RABBITMQ = {
     "HOME": "/var/lib/rabbitmq",
     "RABBITMQ_NODENAME": "rig@localhost",
-    # Erlang's schedulers are not to spin: others need the cores.
+    # Erlang's schedulers must not spin, because others need the cores.
     "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1 +sbwt none +sbwtdcpu none +sbwtdio none",
 }
 
 
 class _NoNetworks(BaseHTTPRequestHandler):
-    """Neutron's part: of whatever is asked for, there is none."""
+    """It answers as a Neutron that has nothing of whatever it is asked for."""
 
     protocol_version = "HTTP/1.1"
 
@@ -806,7 +824,7 @@ class _NoNetworks(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Says nothing."""
+        """Print nothing."""
 
 
 def _as(user: str) -> tuple[str, ...]:
@@ -820,7 +838,7 @@ def _run(*command: str) -> None:
 
 
 def main() -> None:
-    """Starts the rig and waits until it is interrupted."""
+    """Start the rig and wait until it is interrupted."""
     with Rig(Path(os.environ["RIG_DIRECTORY"])) as rig:
         print(f"up, with {rig.node.name}", flush=True)
         signal.pause()

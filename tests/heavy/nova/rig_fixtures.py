@@ -20,27 +20,27 @@ class Disk:
 
     @property
     def size(self) -> int:
-        """What Glance serves when it is downloaded."""
+        """The number of bytes that Glance serves when it is downloaded."""
         return self.path.stat().st_size
 
 
 @pytest.fixture(scope="session")
 def rig() -> Iterator[Rig]:
-    """One cloud with one compute node, for the whole run of the tests."""
+    """Run one cloud with one compute node for all tests."""
     with Rig(Path(os.environ["RIG_DIRECTORY"])) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def raw(rig: Rig) -> Disk:
-    """A small raw disk."""
+    """Make a small raw disk."""
     path = rig.directory / "guest.raw"
     return Disk(path, guest.make(path))
 
 
 @pytest.fixture(scope="session")
 def qcow2(rig: Rig, raw: Disk) -> Disk:
-    """The same as a qcow2 file."""
+    """Make the same disk as a qcow2 file."""
     path = rig.directory / "guest.qcow2"
     guest.qcow2(raw.path, path)
     return Disk(path, raw.md5)
@@ -48,23 +48,23 @@ def qcow2(rig: Rig, raw: Disk) -> Disk:
 
 @pytest.fixture(scope="session")
 def slow(rig: Rig) -> Disk:
-    """A raw disk whose download takes long enough to do something meanwhile."""
+    """Make a raw disk whose download takes long enough to do something meanwhile."""
     path = rig.directory / "slow.raw"
     return Disk(path, guest.make(path, 768 * guest.MIB))
 
 
 @pytest.fixture(autouse=True)
 def clean_cloud(rig: Rig) -> Iterator[None]:
-    """Leaves no server, no image, nothing in the cache, and every cache manager at rest."""
+    """Remove servers, images and the cache's content, and set each node's settings back."""
     yield
     for node in rig.nodes:
         node.runs_with()
-    found = [
+    servers = [
         server["id"]
-        for asked in ({"all_tenants": "1"}, {"all_tenants": "1", "status": "SOFT_DELETED"})
-        for server in rig.compute.get("/servers", params=asked).json()["servers"]
+        for query in ({"all_tenants": "1"}, {"all_tenants": "1", "status": "SOFT_DELETED"})
+        for server in rig.compute.get("/servers", params=query).json()["servers"]
     ]
-    rig.delete(*dict.fromkeys(found))
+    rig.delete(*dict.fromkeys(servers))
     for image in rig.cloud.image_api().get("/images", params={"limit": "100"}).json()["images"]:
         rig.cloud.delete(image["id"])
     for entry in CACHE.iterdir():

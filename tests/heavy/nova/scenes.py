@@ -1,7 +1,4 @@
-"""What the tests on the rig share.
-
-How a pass and a document are read, and a command that watches.
-"""
+"""What the tests on the rig share: how they read reports and documents, and what they wait for."""
 
 import contextlib
 import re
@@ -23,8 +20,8 @@ OFTEN = (
 
 
 def outcome(report: dict[str, Any], image: str) -> str:
-    """What a pass said of one image."""
-    return next((each["outcome"] for each in report["images"] if each["id"] == image), "not named")
+    """Return the outcome of one image in a report."""
+    return next((each["outcome"] for each in report["images"] if each["id"] == image), "absent")
 
 
 def reason_code(report: dict[str, Any], image: str) -> str:
@@ -34,58 +31,57 @@ def reason_code(report: dict[str, Any], image: str) -> str:
 
 
 def command_in_recovery(command: str, values: Mapping[str, str]) -> str:
-    """The line of docs/recovery.md that begins with a command, with its placeholders filled in."""
+    """Return the line of docs/recovery.md that begins with a command, with ``values`` filled in."""
     lines = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8").splitlines()
-    found = next(
+    line = next(
         line.strip()
         for line in lines
         if line.startswith("    ") and line.strip().startswith(command)
     )
     for name, value in values.items():
-        found = found.replace(name, value)
-    return found
+        line = line.replace(name, value)
+    return line
 
 
 def descriptor(rig: Rig, base: str) -> tuple[str, str]:
-    """The process that has a base open and the number of its descriptor, as docs/recovery.md finds them."""
-    found = re.search(
-        r"/proc/(\d+)/fd/(\d+) ",
-        rig.node.run("sh", "-c", command_in_recovery("ls -l /proc", {"SHA1": base})),
-    )
-    assert found
-    return found[1], found[2]
+    """Return a process that has a base open, and its descriptor, as docs/recovery.md finds them."""
+    # lr-x------ 1 libvirt-qemu ... 64 Nov 28 22:30 /proc/4711/fd/12 -> /var/lib/nova/...
+    listing = rig.node.run("sh", "-c", command_in_recovery("ls -l /proc", {"SHA1": base}))
+    match = re.search(r"/proc/(\d+)/fd/(\d+) ", listing)
+    assert match
+    return match[1], match[2]
 
 
 def reboot(rig: Rig, server: str) -> None:
-    """Brings a server back, as docs/recovery.md says."""
+    """Bring a server back, as docs/recovery.md says."""
     rig.openstack(*command_in_recovery("openstack server reboot", {"SERVER": server}).split()[1:])
     time.sleep(1)
     rig.wait(server, "ACTIVE")
 
 
 def fails(rig: Rig, server: str, action: str, arguments: object = None) -> None:
-    """Does something with a server that Nova accepts, and that fails then."""
+    """Request an action that Nova accepts and that then fails, and wait until it has failed."""
 
     def failed() -> bool:
         time.sleep(0.2)
         last = rig.compute.get(actions).json()["instanceActions"][0]
-        found = rig.compute.get(f"{actions}/{last['request_id']}").json()["instanceAction"]
-        return any(event["result"] == "Error" for event in found["events"] or ())
+        action = rig.compute.get(f"{actions}/{last['request_id']}").json()["instanceAction"]
+        return any(event["result"] == "Error" for event in action["events"] or ())
 
     actions = f"/servers/{server}/os-instance-actions"
     rig.compute.post(f"/servers/{server}/action", json={action: arguments})
     wait_until(failed, f"{action} of {server} to fail", 120)
     wait_until(
-        lambda: rig.server(server)["OS-EXT-STS:task_state"] is None, f"{server} to come to rest", 60
+        lambda: rig.server(server)["OS-EXT-STS:task_state"] is None, f"{server} to become idle", 60
     )
 
 
 @contextlib.contextmanager
 def watching(rig: Rig) -> Iterator[None]:
-    """``ln-images --every 10`` at work."""
+    """Run ``ln-images --every 10``."""
     process = subprocess.Popen([COMMAND, "-q", "--every", "10"], env=rig.operator())
     try:
-        # Its first pass is over then: what follows is seen by itself or by the clock.
+        # Its first pass has ended then, so that what follows is noticed by inotify or by the clock.
         time.sleep(4)
         yield
     finally:

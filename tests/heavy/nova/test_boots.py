@@ -11,22 +11,27 @@ import pytest
 
 from rig import AS_THEY_ARE, CACHE, CONVERTED, Rig
 from rig_fixtures import Disk
-from scenes import command_in_recovery, descriptor, fails, outcome, reboot, watching
+from scenes import (
+    command_in_recovery,
+    descriptor,
+    fails,
+    outcome,
+    reason_code,
+    reboot,
+    watching,
+)
 from support.cloud import wait_until
 
 
 def test_an_image_without_a_link_is_downloaded_whole(rig: Rig, raw: Disk) -> None:
-    """Without a link Glance serves every byte of an image.
-
-    What the other tests count is there to be counted.
-    """
+    """Without a link Glance serves every byte of an image, which is what the other tests count."""
     image = rig.image("unlinked", raw.path)
     server = rig.boot(image)
     assert rig.served(image) == raw.size
     assert rig.proof(server) == raw.md5
 
 
-def test_a_linked_raw_image_boots_and_nothing_is_fetched(rig: Rig, raw: Disk) -> None:
+def test_a_linked_raw_image_boots_without_a_download(rig: Rig, raw: Disk) -> None:
     """A server of a linked raw image runs on the link itself, and Glance serves no byte of it."""
     image = rig.image("raw", raw.path)
     assert outcome(rig.ln_images(), image) == "linked"
@@ -38,11 +43,8 @@ def test_a_linked_raw_image_boots_and_nothing_is_fetched(rig: Rig, raw: Disk) ->
     assert rig.entry(image).samefile(rig.cloud.images / image)
 
 
-def test_a_start_gives_a_base_to_the_owner_of_the_guide(rig: Rig, raw: Disk) -> None:
-    """At each start libvirt gives a base to QEMU's user and group.
-
-    With them as owner a pass has nothing to mend.
-    """
+def test_a_start_gives_a_base_to_the_documented_owner(rig: Rig, raw: Disk) -> None:
+    """At each start libvirt gives a base to QEMU's user and group, so a pass repairs nothing."""
     image = rig.image("owned", raw.path)
     rig.ln_images()
     before = rig.entry(image).stat()
@@ -61,7 +63,7 @@ def test_a_start_gives_a_base_to_the_owner_of_the_guide(rig: Rig, raw: Disk) -> 
 
 
 def test_a_guest_reads_its_base_past_the_nodes_memory(rig: Rig, raw: Disk) -> None:
-    """QEMU opens a base with O_DIRECT, as Nova has it do: each read goes to where the file is."""
+    """QEMU opens a base with O_DIRECT, so that each read goes to the storage node."""
     image = rig.image("direct", raw.path)
     rig.ln_images()
     server = rig.boot(image)
@@ -75,7 +77,7 @@ def test_a_guest_reads_its_base_past_the_nodes_memory(rig: Rig, raw: Disk) -> No
 
 
 def test_no_server_builds_on_a_base_that_not_everybody_may_read(rig: Rig, raw: Disk) -> None:
-    """Nova looks into a base as its own user, which mode 0640 keeps out."""
+    """No server builds on a base of mode 0640, because Nova reads it as its own user."""
     image = rig.image("closed", raw.path)
     rig.ln_images()
     rig.entry(image).chmod(0o640)
@@ -85,7 +87,7 @@ def test_no_server_builds_on_a_base_that_not_everybody_may_read(rig: Rig, raw: D
 
 @pytest.mark.parametrize("setting", [AS_THEY_ARE, CONVERTED])
 def test_a_linked_qcow2_image_is_used_as_it_is(rig: Rig, qcow2: Disk, setting: str) -> None:
-    """Whatever force_raw_images says, a linked qcow2 image is used as qcow2, and nothing is fetched."""
+    """With either force_raw_images, Nova uses a linked qcow2 image as it is, without a download."""
     rig.node.runs_with(DEFAULT=setting)
     image = rig.image("qcow2", qcow2.path, "qcow2")
     rig.ln_images()
@@ -96,7 +98,7 @@ def test_a_linked_qcow2_image_is_used_as_it_is(rig: Rig, qcow2: Disk, setting: s
 
 
 def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, qcow2: Disk) -> None:
-    """Nova puts a raw copy in the lost link's place, and the servers fail until that is gone and the link back."""
+    """Nova puts a raw copy in place of a lost link; servers fail until the link is back."""
     rig.node.runs_with(DEFAULT=CONVERTED)
     image = rig.image("lost-qcow2", qcow2.path, "qcow2")
     rig.ln_images()
@@ -109,9 +111,9 @@ def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, q
     assert "Image is not in qcow2 format" in fault["details"]
     assert "Image is not in qcow2 format" in Path("/var/log/nova/nova-compute.log").read_text()
     assert rig.served(image) == qcow2.size
-    said = next(each for each in rig.ln_images()["images"] if each["id"] == image)
-    assert said["outcome"] == "occupied"
-    assert "Nova's raw copy has the cache name" in said["reason"]
+    report = rig.ln_images()
+    assert outcome(report, image) == "occupied"
+    assert reason_code(report, image) == "raw_copy"
     subprocess.run(
         command_in_recovery("mv SHA1 ", {"SHA1": rig.entry(image).name}).split(),
         cwd=CACHE,
@@ -123,10 +125,7 @@ def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, q
 
 
 def test_a_server_built_on_a_raw_copy_lives_on_in_its_snapshot(rig: Rig, qcow2: Disk) -> None:
-    """On the link a server that was built on Nova's raw copy reads a qcow2 file as its disk.
-
-    Its snapshot lives on.
-    """
+    """A server that was built on Nova's raw copy cannot use the link, but its snapshot can boot."""
     rig.node.runs_with(DEFAULT=CONVERTED)
     image = rig.image("copied-qcow2", qcow2.path, "qcow2")
     built = rig.boot(image)
@@ -150,13 +149,10 @@ def test_a_server_built_on_a_raw_copy_lives_on_in_its_snapshot(rig: Rig, qcow2: 
         assert rig.served(each) == (qcow2.size if each == image else 0)
 
 
-def test_a_qcow2_link_lost_without_force_raw_images_is_only_fetched_again(
+def test_a_qcow2_link_lost_without_force_raw_images_is_only_downloaded_again(
     rig: Rig, qcow2: Disk
 ) -> None:
-    """Without force_raw_images Nova's own copy is the same qcow2.
-
-    The server starts, for the price of a download.
-    """
+    """Without force_raw_images Nova's own copy is the same qcow2, so the server starts."""
     rig.node.runs_with(DEFAULT=AS_THEY_ARE)
     image = rig.image("fetched-qcow2", qcow2.path, "qcow2")
     rig.ln_images()
@@ -170,10 +166,7 @@ def test_a_qcow2_link_lost_without_force_raw_images_is_only_fetched_again(
 def test_a_snapshot_of_a_running_server_is_linked_when_it_is_active_and_boots(
     rig: Rig, raw: Disk
 ) -> None:
-    """A snapshot under way is never linked.
-
-    Once it is active it is, and a server boots from it without a download.
-    """
+    """A snapshot is linked once it is active, and a server boots from it without a download."""
     image = rig.image("original", raw.path)
     rig.ln_images()
     server = rig.boot(image)
@@ -195,8 +188,8 @@ def test_a_snapshot_of_a_running_server_is_linked_when_it_is_active_and_boots(
     assert rig.node.bases(second) == {rig.entry(snapshot).name}
 
 
-def test_servers_of_fresh_images_beat_no_watching_pass(rig: Rig, raw: Disk) -> None:
-    """Under ``--every 10``, which reacts to files that Glance finishes, servers made at once fetch nothing."""
+def test_a_process_that_watches_links_before_a_server_downloads(rig: Rig, raw: Disk) -> None:
+    """With ``--every 10``, servers created when their image becomes active download nothing."""
     with watching(rig):
         images = []
         for number in range(5):
@@ -207,10 +200,7 @@ def test_servers_of_fresh_images_beat_no_watching_pass(rig: Rig, raw: Disk) -> N
 
 
 def test_a_download_that_is_under_way_replaces_a_link_made_meanwhile(rig: Rig, slow: Disk) -> None:
-    """Nova renames its own copy over a link that appears while it downloads.
-
-    That is why such an image waits.
-    """
+    """Nova renames its own copy over a link made during its download, so such an image waits."""
     image = rig.image("late", slow.path)
     server = rig.boot(image, wait=False)
     part = rig.entry(image).with_suffix(".part")
@@ -232,7 +222,7 @@ LOST = [("os-start", None, "SHUTOFF"), ("reboot", {"type": "HARD"}, "ERROR")]
 def test_a_server_whose_base_was_lost_comes_back_by_a_hard_reboot(
     rig: Rig, raw: Disk, action: str, arguments: object, status: str
 ) -> None:
-    """A base lost under a server is put back from a backup, and ``openstack server reboot --hard`` alone starts it."""
+    """When a lost base is put back from a backup, a hard reboot alone starts the server."""
     image = rig.image("lost", raw.path)
     rig.ln_images()
     server = rig.boot(image)
@@ -249,7 +239,7 @@ def test_a_server_whose_base_was_lost_comes_back_by_a_hard_reboot(
 
 
 def test_a_base_that_is_gone_is_copied_off_a_running_server(rig: Rig, raw: Disk) -> None:
-    """A server reads on in a base that was removed, and the commands of docs/recovery.md get it back from there."""
+    """The commands of docs/recovery.md copy a removed base out of a running server."""
     image = rig.image("gone", raw.path)
     rig.ln_images()
     server = rig.boot(image)
@@ -266,7 +256,7 @@ def test_a_base_that_is_gone_is_copied_off_a_running_server(rig: Rig, raw: Disk)
 
 
 def put_back(rig: Rig, content: Path, image: str, owner: os.stat_result) -> None:
-    """Makes a copy the base of an image, with the owner and mode of the other links."""
+    """Make a copy the base of an image, with the owner and mode of the other links."""
     shutil.copyfile(content, rig.entry(image))
     os.chown(rig.entry(image), owner.st_uid, owner.st_gid)
     rig.entry(image).chmod(0o644)

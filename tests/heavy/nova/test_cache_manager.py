@@ -32,7 +32,7 @@ def test_the_cache_manager_removes_links_and_the_next_pass_reports_it(rig: Rig, 
 
 
 def test_a_cache_manager_that_may_not_remove_only_touches(rig: Rig, raw: Disk) -> None:
-    """With remove_unused_base_images = False it removes nothing, and renews the times of what is used."""
+    """With remove_unused_base_images = False it removes nothing, and touches what is used."""
     used, unused = rig.image("used", raw.path), rig.image("unused", raw.path)
     rig.ln_images()
     rig.boot(used)

@@ -51,7 +51,7 @@ class Scene:
         return outcomes
 
     def prune_all(self) -> None:
-        """Delete the server's image and the unused one, and prune; what the disk needs must stay."""
+        """Delete both images, and prune. What the server's disk needs must stay."""
         outcomes = self.delete_images_and_prune(self.image, self.unused)
         assert outcomes == ["kept", "retired", "pruned", "absent"]
         self.assert_bases_exist()
@@ -149,9 +149,10 @@ def restore(scene: Scene) -> None:
 
 
 def rebuild_without_glance(scene: Scene) -> None:
-    """Rebuild while the node cannot reach Glance: the server names the new image, its disk does not.
+    """Rebuild while the node cannot reach Glance: the disk stays on the old base.
 
-    This lost a base with 0.2.0: on Nova 34 the server is ACTIVE, without a task.
+    This lost a base with 0.2.0: on Nova 34 the server is ACTIVE, without a task, and names the new
+    image.
     """
     scene.node.runs_with(glance="endpoint_override = http://127.0.0.1:9\nnum_retries = 0")
     fails(scene.rig, scene.server, "rebuild", {"imageRef": scene.other})

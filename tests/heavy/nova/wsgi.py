@@ -1,6 +1,6 @@
 """What gunicorn serves: Nova's and placement's own WSGI applications.
 
-Nova's takes gunicorn's options for its own.
+Nova's would parse gunicorn's options as its own, so they are removed.
 """
 
 import importlib
@@ -9,6 +9,6 @@ from typing import Any
 
 
 def application(module: str) -> Any:
-    """The application of a module, as it is."""
+    """Return the application of a module, unchanged."""
     sys.argv = sys.argv[:1]
     return importlib.import_module(module).application
