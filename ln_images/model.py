@@ -129,7 +129,6 @@ class Reason(StrEnum):
     # failed
     SYSTEM_ERROR = "system_error"
     ATTRIBUTES_NOT_KEPT = "attributes_not_kept"
-    ANSWER_TOO_LARGE = "answer_too_large"
     BUG = "bug"
     # ln-images-verify
     CHECKSUM_MATCHES = "checksum_matches"
