@@ -150,8 +150,8 @@ class Store(contextlib.ExitStack):
         while not self._try_lock():
             if time.monotonic() >= deadline:
                 raise AnotherRunError(
-                    f"{self.cache_dir}: {self._lock_holder()} holds the lock; let it finish, or end it if"
-                    " it is no command of ours"
+                    f"{self.cache_dir}: {self._lock_holder()} holds the lock; let it finish, or end"
+                    " it if it is no command of ours"
                 )
             time.sleep(0.05)
         try:
