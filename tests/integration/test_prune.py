@@ -408,6 +408,24 @@ def test_while_nova_cannot_be_queried_nothing_goes_but_what_is_needed_comes_back
     assert node.names() == {idle.name, used_name}
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_of_nova_is_followed(
+    node: Node, nova: Compute, reports: Path, status: int
+) -> None:
+    """Another host that Nova redirects to gets no request, so no token, and nothing goes."""
+    idle = orphan(node, unused_since=1.0)
+    with Compute(*HOSTS) as other:
+        location = f"{other.url}/os-services"
+        nova.faults["os-services"] = Fault(status, b"", location=location)
+        options = ("--after", "0s", "--reports-dir", str(reports), "--format", "json")
+        result = node.run(*options, command=Command.PRUNE)
+        assert other.asked == []
+    assert result.returncode == 2
+    assert nova.url in result.stderr
+    assert location in result.stderr
+    assert node.names() == {idle.name}
+
+
 @pytest.mark.parametrize(
     ("variables", "status"),
     [(NO_OPENRC, 2), ({"OS_PASSWORD": "wrong"}, 2), ({"OS_AUTH_URL": "http://127.0.0.1:1/v3"}, 75)],

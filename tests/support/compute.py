@@ -26,11 +26,15 @@ _ERRORS = {400: "badRequest", 401: "error", 404: "itemNotFound", 406: "computeFa
 
 @dataclass(frozen=True)
 class Fault:
-    """What is answered in place of the truth: a status and a body, or with ``hang`` nothing."""
+    """What is answered in place of the truth: a status and a body, or with ``hang`` nothing.
+
+    ``location`` is where a redirect leads.
+    """
 
     status: int = 200
     body: bytes = b"<html>"
     hang: bool = False
+    location: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.server.ended.wait(60)
         else:
-            self._send(fault.status, fault.body)
+            self._send(fault.status, fault.body, fault.location)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Keep the test's output clean."""
@@ -180,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.server.services(version, query)
         raise RefusedError(404, "The resource could not be found.")
 
-    def _send(self, status: int, body: bytes) -> None:
+    def _send(self, status: int, body: bytes, location: str | None = None) -> None:
         self.close_connection = True
         self.send_response_only(status)
         headers = {
@@ -188,6 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
             "Content-Length": str(len(body)),
             "Connection": "close",
         }
+        if location is not None:
+            headers["Location"] = location
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
