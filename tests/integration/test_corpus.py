@@ -452,9 +452,11 @@ def test_output_has_no_control_characters(met: Met) -> None:
 
 
 def test_each_pass_logs_what_somebody_should_look_at(met: Met) -> None:
-    """Each pass of a process logs what it linked, refused, and found occupied."""
+    """Each pass of a process logs what it linked, and five of each kind of problem."""
     logged = Counter(line.split()[4] for line in met.printed["log"].splitlines())
     found = Counter(f"{case.outcome}:" for case in MET.values())
     assert logged["linked:"] == len(GOOD)
-    assert logged["refused:"] == 2 * found["refused:"]
-    assert logged["occupied:"] == 2 * found["occupied:"]
+    for kind in ("refused:", "occupied:"):
+        # One more line has the number of the others.
+        lines = found[kind] if found[kind] <= 5 else 6
+        assert logged[kind] == 2 * lines

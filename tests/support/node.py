@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -119,6 +120,7 @@ class Node:
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(errors),
             logging_restored(),
+            hangup_restored(),
             warnings.catch_warnings(action="ignore"),
         ):
             for name in [name for name in os.environ if name.startswith(("OS_", "LN_IMAGES_"))]:
@@ -212,6 +214,16 @@ def _checked(run: subprocess.CompletedProcess[str]) -> subprocess.CompletedProce
         for line in run.stdout.splitlines():
             SCHEMA.validate(json.loads(line))
     return run
+
+
+@contextlib.contextmanager
+def hangup_restored() -> Iterator[None]:
+    """Leave SIGHUP as it was: with --every the command ignores it, and processes inherit that."""
+    handler = signal.getsignal(signal.SIGHUP)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 @contextlib.contextmanager
