@@ -413,8 +413,8 @@ class _ContentReader:
     It is read past the page cache, so that what serves boots stays there, and without a new access
     time. A file system that refuses either is read plainly.
 
-    A thread reads the next block while the last one is hashed. Without it a disk that is about as
-    fast as SHA-512 takes 1.45 times as long (measured).
+    A thread reads the next block while the last one is hashed, because with O_DIRECT the kernel
+    reads nothing ahead.
 
     It ends at the size that the file had in the beginning. A compute node can write to a base, and
     one that grows it while it is read would keep us reading for ever.

@@ -386,7 +386,7 @@ def old_pythons() -> Iterator[str]:
     """Return the interpreters of this machine that are older than the project's own."""
     for minor in range(6, 11):
         found = shutil.which(f"python3.{minor}")
-        folder = Path(os.environ.get("PYENV_ROOT", "/root/.pyenv")) / "versions"
+        folder = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
         installed = sorted(folder.glob(f"3.{minor}.*/bin/python"))
         if installed:
             yield str(installed[0])
