@@ -241,7 +241,7 @@ class _PassLog:
         cache_dir, owner = self._options.cache_dir, pass_.directory_owner
         if owner is not None:
             self._owner.log(
-                f"{cache_dir} belongs to {owner.uid}:{owner.gid}; Nova must be able to write there"
+                f"{cache_dir} belongs to {owner.uid}:{owner.gid}, which should be Nova's user"
             )
         foreign_names = None
         if on_disk.has_more_bases:

@@ -375,9 +375,9 @@ def test_the_owner_of_the_cache_is_logged_when_it_changes(
         os.chown(node.cache, owner, owner)
         assert sync.full_pass().directory_owner == (owner, owner)
     owners = [
-        record.getMessage().partition("; ")[0].split()[-1]
+        record.getMessage().partition(", ")[0].split()[-1]
         for record in caplog.records
-        if "Nova must be able to write" in record.getMessage()
+        if "should be Nova" in record.getMessage()
     ]
     assert owners == ["0:0", "42436:42436"]
 
