@@ -349,6 +349,8 @@ class Node:
                 self._force_down(False)
         except exceptions.BadRequest:
             return False
+        # That request is an update of the service, too: the next one is nova-compute's own.
+        self._last_seen = (self._service() or {}).get("updated_at")
         return True
 
     def delete_service(self) -> None:
