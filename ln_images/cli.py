@@ -9,15 +9,16 @@ import click
 
 from ln_images import logs
 from ln_images.console import prepare_standard_output
-from ln_images.model import DISK_FORMATS, LinkPolicy, Owner
+from ln_images.model import LinkPolicy, Owner
 from ln_images.options import (
     CONTEXT_SETTINGS,
     CommonOptions,
-    DiskFormat,
     Mode,
     OwnerType,
     Seconds,
     common_options,
+    disk_format_option,
+    dry_run_option,
 )
 
 LOG = logging.getLogger(__name__)
@@ -66,17 +67,7 @@ def _moved_option(name: str, replacement: str) -> Callable[[Any], Any]:
     show_default=True,
     help="Mode of the links: everybody must be able to read, others must not write.",
 )
-@click.option(
-    "--disk-format",
-    "disk_formats",
-    metavar="NAME",
-    envvar="LN_IMAGES_DISK_FORMAT",
-    type=DiskFormat(),
-    multiple=True,
-    default=DISK_FORMATS,
-    show_default=True,
-    help="Disk formats to link; repeatable.",
-)
+@disk_format_option("Disk formats to link; repeatable.")
 @click.option(
     "--full",
     is_flag=True,
@@ -98,13 +89,7 @@ def _moved_option(name: str, replacement: str) -> Callable[[Any], Any]:
     type=Seconds(),
     help="With --every: end after this time; for cron, which starts a line once a minute.",
 )
-@click.option(
-    "-n",
-    "--dry-run",
-    is_flag=True,
-    envvar="LN_IMAGES_DRY_RUN",
-    help="Report what would be done, and change nothing.",
-)
+@dry_run_option("LN_IMAGES")
 @_moved_option("--prune", "the command ln-images-prune")
 @_moved_option("--prune-after", "ln-images-prune --after")
 @_moved_option("--prune-unmarked", "ln-images-prune --unmarked")

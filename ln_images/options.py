@@ -152,6 +152,32 @@ def _find_id(name: str, find: Callable[[str], int]) -> int | None:
         return None
 
 
+def disk_format_option(help_text: str) -> Callable[[Any], Any]:
+    """Return a decorator for ``--disk-format``, which a command gets as ``disk_formats``."""
+    return click.option(
+        "--disk-format",
+        "disk_formats",
+        metavar="NAME",
+        envvar="LN_IMAGES_DISK_FORMAT",
+        type=DiskFormat(),
+        multiple=True,
+        default=DISK_FORMATS,
+        show_default=True,
+        help=help_text,
+    )
+
+
+def dry_run_option(variable_prefix: str) -> Callable[[Any], Any]:
+    """Return a decorator for ``--dry-run``, whose variable is ``<variable_prefix>_DRY_RUN``."""
+    return click.option(
+        "-n",
+        "--dry-run",
+        is_flag=True,
+        envvar=f"{variable_prefix}_DRY_RUN",
+        help="Report what would be done, and change nothing.",
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonOptions:
     """The values of the options that the three commands share. ``timeout`` is in seconds."""

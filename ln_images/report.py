@@ -164,6 +164,14 @@ def summary(pass_: Pass) -> str:
     return f"dry run: {text}" if pass_.dry_run else text
 
 
+def plain_table(headings: Sequence[str]) -> PrettyTable:
+    """Return an empty table whose columns are aligned and have no lines between them."""
+    pretty = PrettyTable(headings, border=False, align="l")
+    pretty.left_padding_width = 0
+    pretty.right_padding_width = _PADDING
+    return pretty
+
+
 def table(results: Sequence[Result], width: int | None = None, colour: bool = False) -> str:
     """Return the results as aligned lines under a heading, or "" if there are none.
 
@@ -175,9 +183,7 @@ def table(results: Sequence[Result], width: int | None = None, colour: bool = Fa
     rows = [_row(result) for result in results]
     if width is not None and _table_width(rows) > width:
         rows = _fit(rows, width)
-    pretty = PrettyTable(_HEADINGS, border=False, align="l")
-    pretty.left_padding_width = 0
-    pretty.right_padding_width = _PADDING
+    pretty = plain_table(_HEADINGS)
     for result, row in zip(results, rows, strict=True):
         cells = row._asdict()
         outcome_colour = _COLOURS.get(result.verdict.outcome)

@@ -47,7 +47,7 @@ from ln_images.model import (
     Result,
     Verdict,
 )
-from ln_images.options import CONTEXT_SETTINGS, CommonOptions, DiskFormat, common_options
+from ln_images.options import CONTEXT_SETTINGS, CommonOptions, common_options, disk_format_option
 from ln_images.scan import scan
 from ln_images.store import NOT_RESPONDING, NotRegularError, Store
 
@@ -67,17 +67,7 @@ _ANY_MODE = 0o644
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
-@click.option(
-    "--disk-format",
-    "disk_formats",
-    metavar="NAME",
-    envvar="LN_IMAGES_DISK_FORMAT",
-    type=DiskFormat(),
-    multiple=True,
-    default=DISK_FORMATS,
-    show_default=True,
-    help="Disk formats that ln-images links; repeatable.",
-)
+@disk_format_option("Disk formats that ln-images links; repeatable.")
 @common_options("LN_IMAGES_VERIFY")
 @click.pass_context
 def main(context: click.Context, *, common: CommonOptions, disk_formats: Sequence[str]) -> None:

@@ -400,7 +400,7 @@ class Bench:
 
     @property
     def sizes(self) -> list[int]:
-        """How many images the clouds have, the fewest first."""
+        """Return how many images the clouds have, the fewest first."""
         return sorted(int(size) for size in self.options.sizes.split(","))
 
     @contextlib.contextmanager

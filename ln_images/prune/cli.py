@@ -13,7 +13,13 @@ from ln_images.console import (
     print_report,
 )
 from ln_images.model import Command, LnImagesError
-from ln_images.options import CONTEXT_SETTINGS, CommonOptions, Duration, common_options
+from ln_images.options import (
+    CONTEXT_SETTINGS,
+    CommonOptions,
+    Duration,
+    common_options,
+    dry_run_option,
+)
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
@@ -65,13 +71,7 @@ from ln_images.options import CONTEXT_SETTINGS, CommonOptions, Duration, common_
     envvar="LN_IMAGES_PRUNE_UNMARKED",
     help="Include bases that ln-images did not link, such as those that Nova downloaded.",
 )
-@click.option(
-    "-n",
-    "--dry-run",
-    is_flag=True,
-    envvar="LN_IMAGES_PRUNE_DRY_RUN",
-    help="Report what would be done, and change nothing.",
-)
+@dry_run_option("LN_IMAGES_PRUNE")
 @common_options("LN_IMAGES_PRUNE")
 @click.pass_context
 def main(

@@ -60,12 +60,12 @@ class Evidence:
 
     @property
     def hosts(self) -> Sequence[ComputeHost]:
-        """The compute hosts that Nova knows; none if the cloud could not be queried."""
+        """Return the compute hosts that Nova knows; none if the cloud could not be queried."""
         return [] if self.cloud is None else self.cloud.hosts
 
     @property
     def blocker(self) -> str | None:
-        """Why no base may go: the first reason, and how many more there are; None if all may go."""
+        """Return the first reason why no base may go and how many more there are, or None."""
         reasons = [*(error.message for error in self.errors), *self.blockers]
         if len(reasons) > 1:
             return f"{reasons[0]} (and {len(reasons) - 1} more)"

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from prettytable import PrettyTable
-
 from ln_images.metrics import Metric, list_reclaimable_metrics
 from ln_images.model import OUTCOMES, Command, Pass
 from ln_images.prune.nova import ComputeHost
 from ln_images.prune.reports import LostBase, Report, Reports, WrongCheck
 from ln_images.prune.rules import Policy, find_problem, is_of_wrong_clock
-from ln_images.report import counts, duration_text, printable
+from ln_images.report import counts, duration_text, plain_table, printable
 
 _COLUMNS = ("HOST", "REPORT", "BASES", "LOST", "WRONG")
 
@@ -78,9 +76,7 @@ def nodes_table(nodes: Sequence[Node]) -> str:
     """Return the nodes as aligned lines, and below them what each wrong check found."""
     if not nodes:
         return ""
-    pretty = PrettyTable(_COLUMNS, border=False, align="l")
-    pretty.left_padding_width = 0
-    pretty.right_padding_width = 2
+    pretty = plain_table(_COLUMNS)
     for node in nodes:
         pretty.add_row([printable(cell) for cell in _row(node)])
     lines = [line.rstrip() for line in pretty.get_string().splitlines()]

@@ -78,7 +78,7 @@ class Reports(NamedTuple):
 
     @property
     def hosts(self) -> set[str]:
-        """The hosts that have a report, be it readable or not."""
+        """Return the hosts that have a report, be it readable or not."""
         return {*self.readable, *self.unreadable}
 
     def users(self, base_name: str, since: float) -> list[str]:

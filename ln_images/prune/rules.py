@@ -89,7 +89,7 @@ class Facts(NamedTuple):
 
     @property
     def has_two_names(self) -> bool:
-        """Whether a retired base has its name as well."""
+        """Return whether a retired base has its name as well."""
         return (
             self.base.retired
             and self.namesake is not None
@@ -98,7 +98,7 @@ class Facts(NamedTuple):
 
     @property
     def is_name_taken(self) -> bool:
-        """Whether another file has the name of a retired base."""
+        """Return whether another file has the name of a retired base."""
         return self.base.retired and self.namesake is not None and not self.has_two_names
 
 

@@ -111,7 +111,7 @@ class Run:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The report, from a run with --json."""
+        """Return the report of a run with --json."""
         assert self.output, self.errors
         document: dict[str, Any] = json.loads(self.output)
         return document
@@ -148,7 +148,7 @@ class ComputeNode:
 
     @property
     def report_path(self) -> Path:
-        """Where the report is."""
+        """Return where the report is."""
         return self.locks / "ln-images" / "compute-1.json"
 
     def configure(self, *, default: str = "", image_cache: str = "", rest: str = "") -> None:

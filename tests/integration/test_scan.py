@@ -59,7 +59,7 @@ def test_without_a_policy_every_image_is_to_be_checked(store: Store) -> None:
 
 
 def test_bases_are_those_of_no_image_in_the_store(store: Store) -> None:
-    """Orphans, unmarked and retired bases are told apart, and Nova's other files are none."""
+    """A scan distinguishes orphans, unmarked and retired bases, and Nova's other files are none."""
     cache = Path(store.cache_dir)
     orphan, unmarked, forged = (cache / cache_name(name) for name in (OTHER_ID, "1", "2"))
     retired = cache / f"{'0' * 40}.retired"

@@ -684,7 +684,7 @@ def test_access_rules_that_are_too_narrow_are_named(node: Node) -> None:
 
 
 def test_more_than_one_method_is_demanded(node: Node) -> None:
-    """A user whom Keystone asks for two methods is told of v3multifactor, status 2."""
+    """A user whom Keystone asks for two methods gets a message about v3multifactor."""
     identity = node.cloud.identity()
     node.cloud.add_user("careful", "careful", "admin")
     (user,) = identity.get("/users", params={"name": "careful"}).json()["users"]

@@ -485,8 +485,8 @@ def test_a_directory_whose_name_begins_with_the_others_is_beside_it(tmp_path: Pa
     """The directories ``images`` and ``images-cache`` are beside each other."""
     for name in ("images", "images-cache"):
         (tmp_path / name).mkdir()
-    with Store(str(tmp_path / "images"), str(tmp_path / "images-cache")):
-        pass
+    with Store(str(tmp_path / "images"), str(tmp_path / "images-cache")) as store:
+        assert store.list_cache() == []
 
 
 @needs_root
@@ -551,8 +551,8 @@ def test_a_cache_that_only_root_and_glance_can_replace_is_accepted(
     tmp_path: Path, layout: str
 ) -> None:
     """The layouts of the documents are accepted, and others that are as safe."""
-    with lay_out(tmp_path, SAFE_LAYOUTS[layout]):
-        pass
+    with lay_out(tmp_path, SAFE_LAYOUTS[layout]) as store:
+        assert store.list_cache() == []
 
 
 @needs_root
@@ -607,8 +607,8 @@ def test_a_symbolic_link_of_roots_above_the_cache_is_accepted(tmp_path: Path) ->
     (tmp_path / "data").mkdir()
     Directories(tmp_path / "data")
     (tmp_path / "glance").symlink_to("data")
-    with Store(str(tmp_path / "glance" / "images"), str(tmp_path / "glance" / "cache")):
-        pass
+    with Store(str(tmp_path / "glance" / "images"), str(tmp_path / "glance" / "cache")) as store:
+        assert store.list_cache() == []
 
 
 @needs_root

@@ -150,7 +150,7 @@ class Node:
 
     @property
     def instances(self) -> Path:
-        """The node's servers, as seen from outside of it."""
+        """Return the directory of the node's servers, as seen from outside of it."""
         return self.state / "instances"
 
     def run(self, *command: str, check: bool = True) -> str:
@@ -201,7 +201,7 @@ class Node:
 
     @property
     def running(self) -> bool:
-        """Whether nova-compute runs."""
+        """Return whether nova-compute runs."""
         return self._compute is not None and self._compute.poll() is None
 
     def runs_with(self, **settings: str) -> None:
@@ -396,7 +396,7 @@ class Rig:
 
     @property
     def node(self) -> Node:
-        """The first compute node."""
+        """Return the first compute node."""
         return self.nodes[0]
 
     def add_node(self, **settings: str) -> Node:

@@ -20,7 +20,7 @@ class Disk:
 
     @property
     def size(self) -> int:
-        """The number of bytes that Glance serves when it is downloaded."""
+        """Return the number of bytes that Glance serves when it is downloaded."""
         return self.path.stat().st_size
 
 
