@@ -43,7 +43,8 @@ from ln_images.model import (
 )
 from ln_images.same_cloud import Answer, require_same_cloud
 from ln_images.scan import Scan, reclaimable, scan
-from ln_images.store import NOT_RESPONDING, AttributesNotKeptError, NotRegularError, Store
+from ln_images.store import AttributesNotKeptError, NotRegularError, Store
+from ln_images.system_errors import judge_system_error
 
 LOG = logging.getLogger(__name__)
 
@@ -150,14 +151,7 @@ def _judge_failure(error: OSError, image: Image, store: Store, policy: LinkPolic
             decision = _decide(image, store, policy)
             if decision.action is None:
                 return decision.verdict
-    return _judge_error(error, store)
-
-
-def _judge_error(error: OSError, store: Store) -> Verdict:
-    """Return the verdict for one file. Raise TemporaryError if the whole file system is dead."""
-    if error.errno in NOT_RESPONDING:
-        store.refuse_dead_file_system()
-    return rules.judge_error(error, is_root=os.geteuid() == 0)
+    return judge_system_error(error, store)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -440,7 +434,7 @@ def _judge_unknown(image_id: str, store: Store) -> Result | None:
     try:
         file = store.image_file(image_id)
     except OSError as error:
-        verdict = _judge_error(error, store)
+        verdict = judge_system_error(error, store)
         return Result(cache_name=cache_name(image_id), verdict=verdict, id=image_id)
     if file is None:
         return None

@@ -49,7 +49,8 @@ from ln_images.model import (
 )
 from ln_images.options import CONTEXT_SETTINGS, CommonOptions, common_options, disk_format_option
 from ln_images.scan import scan
-from ln_images.store import NOT_RESPONDING, NotRegularError, Store
+from ln_images.store import NotRegularError, Store
+from ln_images.system_errors import judge_system_error
 
 if TYPE_CHECKING:
     from ln_images.glance import Glance
@@ -358,9 +359,7 @@ def _judge_exception(error: Exception, store: Store) -> Verdict:
     """Return the verdict for one file. Raise TemporaryError if the whole file system is dead."""
     if not isinstance(error, OSError):
         return judge_bug(error)
-    if error.errno in NOT_RESPONDING:
-        store.refuse_dead_file_system()
-    return rules.judge_error(error, is_root=os.geteuid() == 0)
+    return judge_system_error(error, store)
 
 
 def _result(image: Image, verdict: Verdict) -> Result:
