@@ -1,7 +1,6 @@
 """Scan both directories: which images are linked already, and which bases belong to no image."""
 
 import contextlib
-import os
 import re
 import stat
 from collections import defaultdict
@@ -20,6 +19,7 @@ from ln_images.model import (
     is_image_id,
 )
 from ln_images.store import Store
+from ln_images.system_errors import judge_system_error
 
 RETIRED_SUFFIX = ".retired"
 # Nova's other files (``<sha1>_20``, ``ephemeral_*``, ``swap_*``) have names of other forms.
@@ -58,7 +58,7 @@ def scan(store: Store, policy: LinkPolicy | None) -> Scan:
     the owner, mode and marks of ``policy``. Without a policy every image in the store is to be
     checked. The same holds if the store's file system lists other inodes than stat(2) returns.
 
-    Raises LnImagesError if a directory cannot be listed.
+    Raises LnImagesError if a directory cannot be listed, or its file system stops responding.
     """
     inodes = store.list_store()
     limit = len(inodes) + MOST_FOREIGN_NAMES
@@ -113,7 +113,7 @@ def _read_bases(store: Store, names: Iterable[str]) -> tuple[Sequence[Base], Map
         try:
             entry = store.cache_file(name)
         except OSError as error:
-            broken[name] = rules.judge_error(error, is_root=os.geteuid() == 0)
+            broken[name] = judge_system_error(error, store)
         else:
             # Nova makes regular files only.
             if entry is not None and stat.S_ISREG(entry.mode):

@@ -5,7 +5,6 @@ that a pass of ``ln-images`` hardly ever waits.
 """
 
 import logging
-import os
 import stat
 import time
 from collections.abc import Callable, Sequence
@@ -40,9 +39,9 @@ from ln_images.prune.rules import (
     Policy,
     decide,
 )
-from ln_images.rules import judge_error
 from ln_images.scan import MOST_BASES, RETIRED_SUFFIX, Scan, base_of, reclaimable, scan
 from ln_images.store import Store
+from ln_images.system_errors import judge_system_error
 
 LOG = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], start: float) 
 
     ``query`` queries the cloud. If it raises LnImagesError, that is the error of the pass, and the
     bases that reports name are restored nevertheless. Raises LnImagesError if the directories
-    cannot be opened.
+    cannot be opened, or if their file system stops responding.
     """
     started_at = datetime.now(UTC)
     policy = options.policy
@@ -130,7 +129,10 @@ def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], start: float) 
 
 
 def decide_on_base(base: Base, store: Store, evidence: Evidence, policy: Policy) -> Decision:
-    """Decide about one base: facts, rules, and a query about its image before anything goes."""
+    """Decide about one base: facts, rules, and a query about its image before anything goes.
+
+    Raises TemporaryError if the file system does not respond any more.
+    """
     now = time.time()
     try:
         facts = Facts(
@@ -143,7 +145,7 @@ def decide_on_base(base: Base, store: Store, evidence: Evidence, policy: Policy)
             reports_begun=evidence.reports_begun,
         )
     except OSError as error:
-        return Decision(judge_error(error, is_root=os.geteuid() == 0))
+        return Decision(judge_system_error(error, store))
     decision = decide(facts, policy, now)
     if decision.action not in NEEDS_FRESH_EVIDENCE or base.image_id is None:
         return decision
@@ -199,7 +201,8 @@ def _act(
 ) -> Verdict:
     """Carry out one decision, log it, and return what became of the base.
 
-    Raises AnotherRunError.
+    Raises AnotherRunError if the lock is not free in time, and TemporaryError if the file system
+    does not respond any more.
     """
     with store.locked(lock_wait), interrupts.held_back():
         if decision.action in NEEDS_FRESH_EVIDENCE and evidence.is_too_old():
@@ -207,7 +210,7 @@ def _act(
         try:
             verdict = carry_out(store, base, decision, time.time())
         except OSError as error:
-            return judge_error(error, is_root=os.geteuid() == 0)
+            return judge_system_error(error, store)
         level = logging.INFO if verdict.outcome in CHANGES else logging.DEBUG
         LOG.log(level, "%s", report.line(_result(base, verdict)))
         return verdict

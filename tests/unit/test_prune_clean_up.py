@@ -14,7 +14,8 @@ from ln_images.prune.nova import ComputeHost
 from ln_images.prune.rules import Policy
 from ln_images.scan import MOST_BASES
 from support.bases import OneImageGlance, make_base, write_report
-from support.node import REFERENCE, SCHEMA
+from support.mounts import fuse
+from support.node import REFERENCE, SCHEMA, needs_root
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
 OTHER = "b0000000-0000-4000-8000-000000000000"
@@ -24,10 +25,15 @@ NAME, OTHER_NAME = cache_name(ID), cache_name(OTHER)
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """Return where the directories lie, with a report that is newer than every mark."""
+    return make_directories(tmp_path)
+
+
+def make_directories(place: Path) -> Path:
+    """Make a store, a cache, and a report that is newer than every mark."""
     for name in ("images", "cache"):
-        (tmp_path / name).mkdir()
-    write_report(tmp_path / "reports", "compute-1")
-    return tmp_path
+        (place / name).mkdir()
+    write_report(place / "reports", "compute-1")
+    return place
 
 
 def no_image(image_id: str) -> bool:
@@ -119,6 +125,28 @@ def test_if_an_image_cannot_be_queried_nothing_goes(place: Path) -> None:
     assert outcomes(result) == codes
     assert result.pass_.error is error
     assert result.is_blocked
+
+
+@needs_root
+@pytest.mark.parametrize("ids", [[ID], [ID, OTHER]])
+def test_a_file_system_that_dies_ends_the_pass(tmp_path: Path, ids: list[str]) -> None:
+    """The error is temporary, between two decisions and directly before an action."""
+    (tmp_path / "real").mkdir()
+    with fuse(tmp_path / "bound", "bindfs", "-f", tmp_path / "real") as process:
+        directories = make_directories(tmp_path / "bound")
+        for image_id in ids:
+            make_base(directories / "cache", image_id, unused_since=1.0)
+
+        def die(image_id: str) -> bool:
+            assert image_id in ids
+            process.kill()
+            process.wait()
+            return False
+
+        with pytest.raises(TemporaryError, match="does not respond; remount it"):
+            run(directories, has_image=die)
+    names = {path.name for path in (tmp_path / "real" / "cache").iterdir()}
+    assert names == {cache_name(image_id) for image_id in ids}
 
 
 def test_a_base_that_the_scan_does_not_reach_is_restored(place: Path) -> None:
