@@ -221,7 +221,7 @@ class Store(contextlib.ExitStack):
         except FileNotFoundError:
             return None
 
-    def open_file(self, descriptor: int) -> File:
+    def describe_open_file(self, descriptor: int) -> File:
         """Return what an open file is, with its marks. Raises OSError."""
         return _file(os.fstat(descriptor), read_marks(descriptor))
 
@@ -231,7 +231,9 @@ class Store(contextlib.ExitStack):
         With ``descriptor``, the source is the open file, with its marks, whatever its name has
         become. Raises OSError.
         """
-        source = self.image_file(image_id) if descriptor is None else self.open_file(descriptor)
+        source = (
+            self.image_file(image_id) if descriptor is None else self.describe_open_file(descriptor)
+        )
         name = cache_name(image_id)
         entry = self.cache_file(name)
         is_other_file = entry is not None and not (source and entry.is_same_inode(source))
@@ -297,7 +299,7 @@ class Store(contextlib.ExitStack):
         deleted the file meanwhile, LinksImpossibleError if no link at all is possible, other
         OSErrors, and AttributesNotKeptError.
         """
-        before = self.open_file(descriptor)
+        before = self.describe_open_file(descriptor)
         try:
             self.set_attributes(descriptor, image_id, policy)
             self._make_name(descriptor, cache_name(image_id))

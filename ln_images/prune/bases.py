@@ -25,7 +25,7 @@ def carry_out(store: Store, base: Base, decision: Decision, now: float) -> Verdi
     renames = decision.action in (Action.RESTORE, Action.RETIRE)
     try:
         with open_regular(stored_name(base), store.cache) as descriptor:
-            if store.open_file(descriptor) != base.file:
+            if store.describe_open_file(descriptor) != base.file:
                 return _changed()
             if renames and store.is_downloading(base.name):
                 # The download would replace what has the name.
