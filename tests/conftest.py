@@ -50,6 +50,13 @@ def identity(cloud: Cloud) -> Adapter:
 
 
 @pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    """Return a stack for what must be unmounted after the test."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
 def front(node: Node, identity: Adapter) -> Iterator[Front]:
     """Stands a server before the real Glance, in the real catalog.
 

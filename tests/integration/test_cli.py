@@ -15,6 +15,7 @@ import ln_images
 from ln_images.model import Command
 from support.cloud import wait_until
 from support.faulty import Answer, Front
+from support.mounts import mounted, run_tool
 from support.node import OWNER, SCHEMA, UNCOVERED, Node, executable, needs_root
 from support.observe import held_lock, one_line
 
@@ -227,16 +228,13 @@ def test_quiet_prints_nothing_while_all_is_well(node: Node) -> None:
 def test_a_failed_image_is_exit_status_1(node: Node, tmp_path: Path) -> None:
     """If the system refuses a link, that image is failed, with its line on standard error."""
     image = node.cloud.image("image", DATA)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", tmp_path], check=True)
-    try:
+    with mounted(tmp_path, "-t", "tmpfs", "-o", "mode=755", "none"):
         images, cache = tmp_path / "images", tmp_path / "cache"
         images.mkdir()
         cache.mkdir()
         (images / image).write_bytes(DATA)
-        subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
+        run_tool("mount", "-o", "remount,ro", tmp_path)
         run = node.process("-q", LN_IMAGES_IMAGES_DIR=str(images), LN_IMAGES_CACHE_DIR=str(cache))
-    finally:
-        subprocess.run(["umount", "--lazy", tmp_path], check=True)
     assert (run.returncode, run.stdout) == (1, "")
     assert one_line(run.stderr).startswith(
         f"ln-images: failed: {image} (image) as {node.entry(image).name}: Read-only file system"

@@ -27,7 +27,7 @@ from ln_images.session import connect
 from ln_images.store import LinksImpossibleError
 from ln_images.sync import Sync, SyncOptions
 from support.faulty import Answer, Front, Variables
-from support.mounts import formatted, fuse, mounted, run_tool
+from support.mounts import bound, edit_unmounted, formatted, merged, mounted, run_tool
 from support.node import POLICY, Node, block, needs_root
 
 DATA = b"\1" * 5000
@@ -111,13 +111,6 @@ def state(path: Path) -> tuple[int, ...]:
     """Return all that a pass could change of a file."""
     status = path.lstat()
     return status.st_ino, status.st_mode, status.st_uid, status.st_nlink, status.st_ctime_ns
-
-
-@pytest.fixture
-def stack() -> Iterator[contextlib.ExitStack]:
-    """Return a stack for what must be unmounted after the test."""
-    with contextlib.ExitStack() as stack:
-        yield stack
 
 
 # Whose store is this?
@@ -546,11 +539,7 @@ def test_entries_that_cannot_be_looked_at_stop_nothing(
     ]
     for path in lost[3:]:
         path.touch()
-    run_tool("umount", ext4)
-    for path in lost:
-        request = f"clri /{path.relative_to(ext4)}"
-        run_tool("debugfs", "-w", "-R", request, tmp_path / "device")
-    run_tool("mount", "-o", "loop", tmp_path / "device", ext4)
+    edit_unmounted(tmp_path, *[f"clri /{path.relative_to(ext4)}" for path in lost])
     for options in ({}, {"query_all": True}, {"repeats": True}):
         sync = sync_of(node, disk_formats=("raw",), **directories, **options)
         sync.full_pass()
@@ -568,9 +557,7 @@ def test_a_file_system_that_dies_is_temporary_and_passes_go_on(
 ) -> None:
     """While a FUSE mount is dead, each pass is a temporary error; after a remount it links."""
     image = node.cloud.image("image", DATA)
-    (tmp_path / "real").mkdir()
-    mount = ("bindfs", "-f", tmp_path / "real")
-    process = stack.enter_context(fuse(tmp_path / "bound", *mount))
+    process = stack.enter_context(bound(tmp_path))
     directories = in_directory(tmp_path / "bound")
     shutil.copy(node.images / image, tmp_path / "bound" / "images")
     sync = sync_of(node, repeats=True, **directories)
@@ -583,7 +570,7 @@ def test_a_file_system_that_dies_is_temporary_and_passes_go_on(
         with pytest.raises(TemporaryError, match="does not respond; remount it"):
             sync.partial_pass([image])
     run_tool("umount", "--lazy", tmp_path / "bound")
-    stack.enter_context(fuse(tmp_path / "bound", *mount))
+    stack.enter_context(bound(tmp_path))
     assert codes(sync.full_pass()) == {image: PRESENT}
 
 
@@ -593,8 +580,7 @@ def test_the_command_ends_with_75_on_a_dead_mount_and_every_goes_on(
 ) -> None:
     """The command's status on a dead mount is 75, and with --every it makes pass after pass."""
     node.cloud.image("image", DATA)
-    (tmp_path / "real").mkdir()
-    process = stack.enter_context(fuse(tmp_path / "bound", "bindfs", "-f", tmp_path / "real"))
+    process = stack.enter_context(bound(tmp_path))
     directories = in_directory(tmp_path / "bound")
     process.kill()
     process.wait()
@@ -616,16 +602,11 @@ def test_a_file_system_that_links_nothing_is_one_error(
 ) -> None:
     """If link(2) says EXDEV for every image, the pass fails once, and no file keeps an owner."""
     images = [node.cloud.image(str(number), DATA) for number in range(3)]
-    for directory in ("one/images", "two/cache"):
-        (tmp_path / directory).mkdir(parents=True)
-    files = [tmp_path / "one" / "images" / image for image in images]
+    directories = in_directory(stack.enter_context(merged(tmp_path)))
+    files = [tmp_path / "merged" / "images" / image for image in images]
     for file in files:
         shutil.copy(node.images / file.name, file)
-    merged = tmp_path / "merged"
-    branches = f"{tmp_path}/one:{tmp_path}/two"
-    stack.enter_context(fuse(merged, "mergerfs", "-f", "-o", "category.create=epmfs", branches))
     before = [(file.stat().st_uid, file.stat().st_mode, os.listxattr(file)) for file in files]
-    directories: dict[str, Any] = {"images_dir": f"{merged}/images", "cache_dir": f"{merged}/cache"}
     with pytest.raises(LinksImpossibleError, match="refuses hard links") as caught:
         sync_of(node, **directories).full_pass()
     assert caught.value.exit_code == 2
@@ -668,11 +649,11 @@ def test_a_directory_whose_inodes_are_not_those_of_its_files(
         f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper/files,workdir={tmp_path}/upper/work"
     )
     overlay = ("-t", "overlay", "-o", f"{layers},xino=off", "none")
-    merged = stack.enter_context(mounted(tmp_path / "merged", *overlay))
-    directories = in_directory(merged)
-    differ = inodes_differ(merged / "images")
+    overlaid = stack.enter_context(mounted(tmp_path / "overlaid", *overlay))
+    directories = in_directory(overlaid)
+    differ = inodes_differ(overlaid / "images")
     assert codes(sync_of(node, **directories).full_pass()) == dict.fromkeys(images, LINKED)
-    assert differ or inodes_differ(merged / "images"), "this is no such file system"
+    assert differ or inodes_differ(overlaid / "images"), "this is no such file system"
     for options in ({}, {"query_all": True}):
         second = sync_of(node, **directories, **options).full_pass()
         assert codes(second) == dict.fromkeys(images, PRESENT)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from ln_images.store import IMAGE_ID_MARK, UNUSED_SINCE_MARK, Store, read_marks
 from support.bases import make_base, write_report
 from support.cloud import REGION, wait_until
 from support.compute import Compute, Fault, in_catalog
+from support.mounts import bound
 from support.node import NO_OPENRC, UNCOVERED, Node, executable, needs_root
 
 DATA = b"\1" * 5000
@@ -602,14 +602,10 @@ def test_a_file_system_without_attributes_has_no_clean_up(
     node: Node, nova: Compute, reports: Path, tmp_path: Path
 ) -> None:
     """It says so, and restores what is needed."""
-    if shutil.which("bindfs") is None:
-        pytest.skip("needs a file system without extended attributes: apt-get install bindfs")
-    (source := tmp_path / "source").mkdir()
-    (mounted := tmp_path / "mounted").mkdir()
-    subprocess.run(["bindfs", "--xattr-none", source, mounted], check=True)
-    try:
-        (images := mounted / "images").mkdir()
-        (cache := mounted / "cache").mkdir()
+    with bound(tmp_path, "--xattr-none"):
+        images, cache = tmp_path / "bound" / "images", tmp_path / "bound" / "cache"
+        images.mkdir()
+        cache.mkdir()
         other = cache_name("other")
         (cache / NAME).write_bytes(DATA)
         (cache / f"{other}.retired").write_bytes(DATA)
@@ -622,8 +618,6 @@ def test_a_file_system_without_attributes_has_no_clean_up(
         assert found == {NAME: ("kept", "no_marks"), other: ("restored", "in_use")}
         warning = stderr(node, reports, "--unmarked", status=0, **directories)
         assert "keeps no extended attributes, so there is no clean-up" in warning
-    finally:
-        subprocess.run(["umount", "--lazy", mounted], check=True)
     assert nova.asked
 
 
@@ -649,13 +643,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as mounts:
         directory = tmp_path
         if request.param != "here":
-            if shutil.which("bindfs") is None:
-                pytest.skip("needs a file system without RENAME_NOREPLACE: apt-get install bindfs")
-            (source := tmp_path / "source").mkdir()
-            (directory := tmp_path / "mounted").mkdir()
             # NFS and CephFS answer EINVAL; so does bindfs, through FUSE.
-            subprocess.run(["bindfs", source, directory], check=True)
-            mounts.callback(lambda: subprocess.run(["umount", "--lazy", directory], check=True))
+            mounts.enter_context(bound(tmp_path))
+            directory = tmp_path / "bound"
         (directory / "images").mkdir()
         (directory / "cache").mkdir()
         yield directory

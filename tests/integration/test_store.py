@@ -45,7 +45,7 @@ from ln_images.store import (
 )
 from ln_images.sync import link_image
 from support.corpus import QCOW2
-from support.mounts import formatted, fuse, mounted, run_tool
+from support.mounts import bound, edit_unmounted, formatted, merged, mounted, run_tool
 from support.node import OWNER, POLICY, needs_root
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
@@ -135,13 +135,6 @@ def attributes(path: Path) -> tuple[object, ...]:
 def directories(tmp_path: Path) -> Directories:
     """Return a store and a cache in the test's own directory."""
     return Directories(tmp_path)
-
-
-@pytest.fixture
-def stack() -> Iterator[contextlib.ExitStack]:
-    """Return a stack for what must be unmounted after the test."""
-    with contextlib.ExitStack() as stack:
-        yield stack
 
 
 def test_a_link_is_the_same_inode_with_owner_mode_and_marks(directories: Directories) -> None:
@@ -715,8 +708,7 @@ def test_a_user_that_may_not_change_the_owner_fails_the_image(directories: Direc
 
 def bind(stack: contextlib.ExitStack, place: Path, *options: str) -> Directories:
     """Make directories below a bindfs mount, for as long as the test takes."""
-    (place / "real").mkdir()
-    stack.enter_context(fuse(place / "bound", "bindfs", "-f", *options, place / "real"))
+    stack.enter_context(bound(place, *options))
     return Directories(place / "bound")
 
 
@@ -786,28 +778,20 @@ def test_a_file_system_that_links_nothing_ends_the_pass(
     tmp_path: Path, stack: contextlib.ExitStack
 ) -> None:
     """If link(2) says EXDEV on one mount, that is one error, and the file stays as it was."""
-    for branch in ("one", "two"):
-        (tmp_path / branch).mkdir()
-    branches = f"{tmp_path}/one:{tmp_path}/two"
-    stack.enter_context(
-        fuse(tmp_path / "merged", "mergerfs", "-f", "-o", "category.create=epmfs", branches)
-    )
-    # Each directory exists on another branch, so no branch can have a link between them.
-    (tmp_path / "one" / "images").mkdir()
-    (tmp_path / "two" / "cache").mkdir()
-    merged = tmp_path / "merged"
-    source = merged / "images" / ID
+    directory = stack.enter_context(merged(tmp_path))
+    images, cache = directory / "images", directory / "cache"
+    source = images / ID
     source.write_bytes(DATA)
     with pytest.raises(OSError, match=os.strerror(errno.EXDEV)):
-        os.link(source, merged / "cache" / "link")
+        os.link(source, cache / "link")
     before = attributes(source)
     with (
-        Store(str(merged / "images"), str(merged / "cache")) as store,
+        Store(str(images), str(cache)) as store,
         pytest.raises(LinksImpossibleError, match="mergerfs"),
     ):
         link_image(IMAGE, store, POLICY, dry_run=False)
     assert attributes(source) == before
-    assert not os.listdir(merged / "cache")
+    assert not os.listdir(cache)
 
 
 @needs_root
@@ -815,8 +799,7 @@ def test_a_file_system_that_dies_is_a_temporary_error(
     tmp_path: Path, stack: contextlib.ExitStack
 ) -> None:
     """A FUSE file system whose process was killed is a temporary error, before and in a pass."""
-    (tmp_path / "real").mkdir()
-    process = stack.enter_context(fuse(tmp_path / "bound", "bindfs", "-f", tmp_path / "real"))
+    process = stack.enter_context(bound(tmp_path))
     directories = Directories(tmp_path / "bound")
     with directories.open() as store:
         process.kill()
@@ -985,11 +968,8 @@ def test_a_download_that_was_left_behind_keeps_no_image_waiting(tmp_path: Path, 
         directories = Directories(volume)
         download = directories.link.with_suffix(".part")
         download.touch()
-        run_tool("umount", volume)
-        # No system call sets a ctime.
         request = f"set_inode_field /{download.relative_to(volume)} ctime {ctime}"
-        run_tool("debugfs", "-w", "-R", request, tmp_path / "device")
-        run_tool("mount", "-o", "loop", tmp_path / "device", volume)
+        edit_unmounted(tmp_path, request)
         assert directories.link_image() == LINKED
 
 

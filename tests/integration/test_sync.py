@@ -1,15 +1,14 @@
 """What a pass costs the cloud, alone and as one of many in a process. Counts, never times."""
 
-import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.corpus import QCOW2
+from support.mounts import edit_unmounted, formatted
 from support.node import Node, needs_root
 from support.observe import INTERRUPTED, count_requests
 from support.repeating import running
@@ -153,38 +152,21 @@ def test_an_image_that_nova_downloads_is_not_linked(node: Node, tmp_path: Path) 
     downloads = {"fetched": ".part", "converted": ".converted"}
     leftovers = {"left": "20200101000000", "future": "20370101000000"}
     images = {name: node.cloud.image(name, DATA) for name in (*downloads, *leftovers)}
-    disk_file, mounted = tmp_path / "ext4", tmp_path / "mounted"
-    mounted.mkdir()
-    path = {"PATH": f"{os.environ['PATH']}:/sbin:/usr/sbin"}
-    subprocess.run(["truncate", "--size=16M", disk_file], check=True)
-    subprocess.run(["mkfs.ext4", "-q", "-I", "256", disk_file], check=True, env=path)
-
-    def mount() -> None:
-        subprocess.run(["mount", "-o", "loop", disk_file, mounted], check=True)
-
-    mount()
-    try:
-        shutil.copytree(node.images, mounted / "images")
-        here = Node(node.cloud, mounted / "cache")
+    with formatted(tmp_path, "mkfs.ext4", "-q", "-I", "256", mebibytes=16) as volume:
+        shutil.copytree(node.images, volume / "images")
+        here = Node(node.cloud, volume / "cache")
         here.cache.mkdir()
         for name in images:
             suffix = downloads.get(name, ".part")
             here.entry(images[name]).with_suffix(suffix).write_bytes(DATA)
-        subprocess.run(["umount", mounted], check=True)
-        for name, changed in leftovers.items():
-            # No system call sets a ctime.
-            part = f"/cache/{here.entry(images[name]).name}.part"
-            command = f"set_inode_field {part} ctime {changed}"
-            subprocess.run(
-                ["debugfs", "-w", "-R", command, disk_file],
-                check=True,
-                env=path,
-                capture_output=True,
-            )
-        mount()
-        verdicts = here.verdicts(LN_IMAGES_IMAGES_DIR=str(mounted / "images"))
-    finally:
-        subprocess.run(["umount", "--lazy", mounted], check=True)
+        edit_unmounted(
+            tmp_path,
+            *[
+                f"set_inode_field /cache/{here.entry(images[name]).name}.part ctime {changed}"
+                for name, changed in leftovers.items()
+            ],
+        )
+        verdicts = here.verdicts(LN_IMAGES_IMAGES_DIR=str(volume / "images"))
     assert verdicts == {
         **{images[name]: ("waiting", "nova_is_downloading") for name in downloads},
         **{images[name]: ("linked", "no_link_yet") for name in leftovers},

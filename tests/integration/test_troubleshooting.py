@@ -24,7 +24,7 @@ from ln_images.model import Command
 from support.cloud import wait_until
 from support.corpus import QCOW2
 from support.faulty import Answer, Authority, Faulty, Variables
-from support.mounts import formatted, fuse, mounted, run_tool
+from support.mounts import edit_unmounted, formatted, fuse, mounted, run_tool
 from support.node import NO_OPENRC, REFERENCE, UNCOVERED, Node, executable, needs_root
 from support.observe import held_lock
 from support.proxy import refusing_proxy
@@ -794,9 +794,7 @@ class DamagedFileSystem(Trouble):
         entry = volume / "cache" / self.node.entry(self.image).name
         entry.touch()
         self.volume, self.device = volume, self.place / "device"
-        run_tool("umount", volume)
-        run_tool("debugfs", "-w", "-R", f"clri /cache/{entry.name}", self.device)
-        run_tool("mount", "-o", "loop", self.device, volume)
+        edit_unmounted(self.place, f"clri /cache/{entry.name}")
         return self.run()
 
     def fix(self) -> None:

@@ -24,7 +24,7 @@ from ln_images.verify import Verifier, VerifyOptions
 from support.cloud import wait_until
 from support.corpus import MIB
 from support.faulty import Answer, Front, Variables
-from support.mounts import fuse
+from support.mounts import bound
 from support.node import UNCOVERED, Node, executable, needs_root
 
 # Two blocks of reading and a part, without holes.
@@ -331,7 +331,7 @@ def test_a_file_system_that_dies_is_a_temporary_error(node: Node, tmp_path: Path
         "LN_IMAGES_IMAGES_DIR": str(tmp_path / "bound" / "images"),
         "LN_IMAGES_CACHE_DIR": str(tmp_path / "bound" / "cache"),
     }
-    with fuse(tmp_path / "bound", "bindfs", "-f", tmp_path / "real") as process:
+    with bound(tmp_path) as process:
         assert node.run("-q", command=Command.LINK, **variables).returncode == 0
         os.truncate(tmp_path / "bound" / "images" / images["short"], MIDDLE)
 

@@ -45,6 +45,18 @@ def formatted(place: Path, *mkfs: str, mebibytes: int = 320) -> Iterator[Path]:
         yield volume
 
 
+def edit_unmounted(place: Path, *requests: str) -> None:
+    """Unmount the ext4 of ``formatted``, change it with debugfs(8), and mount it again.
+
+    So a file gets what no system call can give it, such as a ctime or an inode that is cleared.
+    """
+    device, volume = place / "device", place / "volume"
+    run_tool("umount", volume)
+    for request in requests:
+        run_tool("debugfs", "-w", "-R", request, device)
+    run_tool("mount", "-o", "loop", device, volume)
+
+
 @contextlib.contextmanager
 def fuse(directory: Path, *command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a FUSE file system in the foreground, and return its process once it is mounted.
@@ -67,3 +79,28 @@ def fuse(directory: Path, *command: str | Path) -> Iterator[subprocess.Popen[byt
         subprocess.run(["umount", "--lazy", directory], check=False, capture_output=True)
         process.kill()
         process.wait()
+
+
+@contextlib.contextmanager
+def bound(place: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Show the directory ``real`` of ``place`` on ``bound`` beside it, with bindfs(1).
+
+    Return its process, as ``fuse`` does.
+    """
+    (place / "real").mkdir(exist_ok=True)
+    with fuse(place / "bound", "bindfs", "-f", *options, place / "real") as process:
+        yield process
+
+
+@contextlib.contextmanager
+def merged(place: Path) -> Iterator[Path]:
+    """Mount a store and a cache between which no link is possible, with mergerfs(1).
+
+    Each directory exists on another branch of it, so no branch can have a link between them.
+    """
+    for directory in ("one/images", "two/cache"):
+        (place / directory).mkdir(parents=True)
+    branches = f"{place}/one:{place}/two"
+    options = ("-f", "-o", "category.create=epmfs")
+    with fuse(place / "merged", "mergerfs", *options, branches):
+        yield place / "merged"

@@ -14,7 +14,7 @@ from ln_images.prune.nova import ComputeHost
 from ln_images.prune.rules import Policy
 from ln_images.scan import MOST_BASES
 from support.bases import OneImageGlance, make_base, write_report
-from support.mounts import fuse
+from support.mounts import bound
 from support.node import REFERENCE, SCHEMA, needs_root
 
 ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
@@ -131,8 +131,7 @@ def test_if_an_image_cannot_be_queried_nothing_goes(place: Path) -> None:
 @pytest.mark.parametrize("ids", [[ID], [ID, OTHER]])
 def test_a_file_system_that_dies_ends_the_pass(tmp_path: Path, ids: list[str]) -> None:
     """The error is temporary, between two decisions and directly before an action."""
-    (tmp_path / "real").mkdir()
-    with fuse(tmp_path / "bound", "bindfs", "-f", tmp_path / "real") as process:
+    with bound(tmp_path) as process:
         directories = make_directories(tmp_path / "bound")
         for image_id in ids:
             make_base(directories / "cache", image_id, unused_since=1.0)

@@ -5,7 +5,6 @@ import hashlib
 import mmap
 import os
 import random
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from ln_images.model import Action, Checksum, Decision, Outcome, Reason, Verdict
 from ln_images.verify import compute_digest, is_usable, judge_unequal_readings, judge_unread
 from support.corpus import KIB, MIB
+from support.mounts import mounted
 from support.node import needs_root
 
 # Two blocks of reading and a half, which end at an odd offset.
@@ -121,15 +121,12 @@ def test_the_access_time_stays_as_it_was(tmp_path: Path) -> None:
 @needs_root
 def test_a_file_system_without_direct_reads_is_read_plainly(tmp_path: Path) -> None:
     """A file whose file system has no O_DIRECT is read through the page cache."""
-    subprocess.run(["mount", "-t", "ramfs", "none", tmp_path], check=True)
-    try:
+    with mounted(tmp_path, "-t", "ramfs", "none"):
         path = tmp_path / "file"
         path.write_bytes(CONTENT)
         with pytest.raises(OSError, match="Invalid argument"):
             os.open(path, os.O_RDONLY | os.O_DIRECT)
         assert sha512(path) == (hashlib.sha512(CONTENT).hexdigest(), len(CONTENT))
-    finally:
-        subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
 def test_no_descriptor_stays_open(tmp_path: Path) -> None:
