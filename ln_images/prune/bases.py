@@ -22,13 +22,13 @@ def carry_out(store: Store, base: Base, decision: Decision, now: float) -> Verdi
     The caller holds the lock. ``now``, in seconds since the epoch, becomes the mark of a base that
     is marked or retired. Raises OSError.
     """
-    renames = decision.action in (Action.RESTORE, Action.RETIRE)
+    is_rename = decision.action in (Action.RESTORE, Action.RETIRE)
     try:
         with open_regular(stored_name(base), store.cache) as descriptor:
             if store.describe_open_file(descriptor) != base.file:
                 return _changed()
-            if renames and store.is_downloading(base.name):
-                # The download would replace what has the name.
+            if is_rename and store.is_downloading(base.name):
+                # Nova ends a download by a rename to the base's name, whatever has that name then.
                 return Verdict(Outcome.KEPT, Reason.NOVA_IS_DOWNLOADING, "Nova is downloading it")
             _act(store, base, descriptor, decision.action, now)
     except (FileNotFoundError, NotRegularError):
@@ -68,11 +68,15 @@ def _act(store: Store, base: Base, descriptor: int, action: Action | None, now: 
 
 
 def _changed() -> Verdict:
-    return Verdict(Outcome.KEPT, Reason.CHANGED_MEANWHILE, "it has changed since it was looked at")
+    return Verdict(
+        Outcome.KEPT,
+        Reason.CHANGED_MEANWHILE,
+        "it has changed since the scan; the next pass judges it again",
+    )
 
 
 def _name_taken(base: Base) -> Verdict:
-    # Nobody loses anything if a base is not retired. One that is not restored is missing.
+    # A base that is not retired does no harm. A server misses one that is not restored.
     outcome = Outcome.FAILED if base.retired else Outcome.KEPT
     return Verdict(
         outcome,
@@ -86,21 +90,21 @@ def _set_mark(descriptor: int, now: float) -> None:
 
 
 def _rename(directory: int, old: str, new: str) -> None:
-    """Rename in the cache. Raises FileExistsError if the new name is another file's."""
-    # Python's own rename replaces what has the new name.
+    """Rename in the cache. Raises OSError; FileExistsError if another file has the new name."""
+    # Python's own rename replaces the file that has the new name.
     libc = ctypes.CDLL(None, use_errno=True)
     result = libc.renameat2(directory, old.encode(), directory, new.encode(), _RENAME_NOREPLACE)
-    number = ctypes.get_errno()
     if result == 0:
         return
-    if number in (errno.EINVAL, errno.ENOSYS):
-        # NFS and CephFS have no rename that replaces nothing. We link and unlink.
+    error_number = ctypes.get_errno()
+    if error_number in (errno.EINVAL, errno.ENOSYS):
+        # NFS and CephFS have no RENAME_NOREPLACE. There we link and unlink.
         with contextlib.suppress(FileExistsError):
             os.link(old, new, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
-    elif number != errno.EEXIST:
-        raise OSError(number, os.strerror(number))
-    # Both names exist. If they are of one inode, we have just linked it, or a run ended between
-    # the link and the unlink.
+    elif error_number != errno.EEXIST:
+        raise OSError(error_number, os.strerror(error_number))
+    # Both names exist now. If they are of one inode, we have just linked it, or an earlier run
+    # ended between the link and the unlink. Then only the unlink is left to do.
     old_status = os.stat(old, dir_fd=directory, follow_symlinks=False)
     new_status = os.stat(new, dir_fd=directory, follow_symlinks=False)
     if not os.path.samestat(old_status, new_status):

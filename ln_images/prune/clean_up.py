@@ -45,13 +45,13 @@ from ln_images.system_errors import judge_system_error
 
 LOG = logging.getLogger(__name__)
 
-# So many bases that are lost or failed have a line of their own in the log after one pass.
+# After one pass, at most so many lost or failed bases get a line of their own in the log.
 _MOST_LINES = 100
 
 _EVIDENCE_TOO_OLD = Verdict(
     Outcome.KEPT,
     Reason.EVIDENCE_TOO_OLD,
-    "this pass took too long to be sure that nobody needs it; the next one tries again",
+    "the evidence is too old to be sure that nobody needs it; the next pass tries again",
 )
 
 
@@ -68,7 +68,7 @@ class CleanUpOptions:
 
 
 class CleanUp(NamedTuple):
-    """What one pass found and did. ``is_blocked`` says that no base could go."""
+    """What one pass found and did. ``is_blocked`` says that no base could be removed."""
 
     pass_: Pass
     nodes: Sequence[Node]
@@ -78,7 +78,7 @@ class CleanUp(NamedTuple):
 def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], start: float) -> CleanUp:
     """Run one pass, which started at ``start`` (:func:`boot_time`).
 
-    ``query`` queries the cloud. If it raises LnImagesError, that is the error of the pass, and the
+    ``query`` queries the cloud. If it raises an LnImagesError, the pass has that error, and the
     bases that reports name are restored nevertheless. Raises LnImagesError if the directories
     cannot be opened, or if their file system stops responding.
     """
@@ -88,13 +88,13 @@ def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], start: float) 
         # Reports, scan, Glance, in this order: what the reports name was in the cache before the
         # scan, and the scan is never newer than Glance's answer.
         reports = read_reports(options.reports_dir)
-        found = scan(store, policy=None)
-        bases = [*found.bases, *_find_unscanned(store, found, reports)]
+        on_disk = scan(store, policy=None)
+        bases = [*on_disk.bases, *_find_unscanned(store, on_disk, reports)]
         now = time.time()
         missing = find_missing(store, reports, policy, now)
         evidence = gather(
             store=store,
-            found=found,
+            on_disk=on_disk,
             reports=reports,
             query=query,
             policy=policy,
@@ -103,17 +103,19 @@ def clean_up(options: CleanUpOptions, query: Callable[[], Cloud], start: float) 
         )
         decisions = [(base, decide_on_base(base, store, evidence, policy)) for base in bases]
         verdicts, lock_error = _act_on_all(decisions, store, evidence, options)
-        # A base is lost only if a second look does not find it either.
+        # A base is lost only if it is still missing after all actions.
         lost = [result for result in missing if not is_there(store, result.cache_name)]
 
     results = [_result(base, verdict) for base, verdict in verdicts]
-    results += [Result(cache_name=name, verdict=verdict) for name, verdict in found.broken.items()]
+    results += [
+        Result(cache_name=name, verdict=verdict) for name, verdict in on_disk.broken.items()
+    ]
     results.sort(key=lambda result: result.cache_name)
     results += lost
     errors: list[LnImagesError] = list(evidence.errors)
     if lock_error is not None:
         errors.append(lock_error)
-    _log(results, errors, evidence, found)
+    _log(results, errors, evidence, on_disk)
     nodes = list_nodes(evidence.hosts, reports, policy, now)
     pass_ = Pass(
         command=Command.PRUNE,
@@ -150,14 +152,14 @@ def decide_on_base(base: Base, store: Store, evidence: Evidence, policy: Policy)
     if decision.action not in NEEDS_FRESH_EVIDENCE or base.image_id is None:
         return decision
 
-    # An image that is in no list may exist all the same.
+    # Glance may have an image that it does not list, so we query it about this one.
     if not evidence.has_time_to_query():
         return Decision(_EVIDENCE_TOO_OLD)
     try:
         if evidence.has_image(base.image_id):
             facts = facts._replace(image_status="unlisted")
     except LnImagesError as error:
-        # Glance cannot be queried any more, so from now on nothing may go.
+        # Glance does not answer any more. Its error is a blocker, for this base and all others.
         evidence.errors.append(error)
         facts = facts._replace(blocker=evidence.blocker)
     return decide(facts, policy, now)
@@ -169,28 +171,29 @@ def _act_on_all(
     evidence: Evidence,
     options: CleanUpOptions,
 ) -> tuple[list[tuple[Base, Verdict]], AnotherRunError | None]:
-    """Carry out the decisions, those first that give something back.
+    """Carry out the decisions. Those that give something back come first.
 
     Return what became of each base, and the error if another run held the lock too long. After that
-    error nothing else is done.
+    error nothing else is done. Raises TemporaryError if the file system does not respond any more.
     """
     verdicts = []
     lock_error: AnotherRunError | None = None
-    for base, decision in sorted(decisions, key=_takes):
-        verdict = decision.verdict
-        must_act = decision.action is not None and not options.dry_run
-        if must_act and lock_error is None:
+    for base, decision in sorted(decisions, key=_may_take_base):
+        if decision.action is None or options.dry_run:
+            verdicts.append((base, decision.verdict))
+            continue
+        if lock_error is None:
             try:
                 verdict = _act(base, decision, store, evidence, options.lock_wait)
             except AnotherRunError as error:
                 lock_error = error
-        if must_act and lock_error is not None:
+        if lock_error is not None:
             verdict = Verdict(Outcome.KEPT, Reason.BLOCKED, lock_error.message)
         verdicts.append((base, verdict))
     return verdicts, lock_error
 
 
-def _takes(base_and_decision: tuple[Base, Decision]) -> bool:
+def _may_take_base(base_and_decision: tuple[Base, Decision]) -> bool:
     """Return whether a decision may take a base from somebody. False sorts before True."""
     _, decision = base_and_decision
     return decision.action in NEEDS_FRESH_EVIDENCE
@@ -216,14 +219,14 @@ def _act(
         return verdict
 
 
-def _find_unscanned(store: Store, found: Scan, reports: Reports) -> list[Base]:
+def _find_unscanned(store: Store, on_disk: Scan, reports: Reports) -> list[Base]:
     """Return the retired bases that a report names and that the scan did not reach.
 
-    A node can create more names in the cache than the scan looks at.
+    A node can create more names in the cache than the scan reads.
     """
-    if not found.has_more_bases:
+    if not on_disk.has_more_bases:
         return []
-    scanned = {base.name for base in found.bases if base.retired}
+    scanned = {base.name for base in on_disk.bases if base.retired}
     bases = []
     for name in sorted(reports.names() - scanned):
         try:
@@ -257,9 +260,9 @@ def _lacks_marks(results: Sequence[Result]) -> bool:
 
 
 def _log(
-    results: Sequence[Result], errors: Sequence[LnImagesError], evidence: Evidence, found: Scan
+    results: Sequence[Result], errors: Sequence[LnImagesError], evidence: Evidence, on_disk: Scan
 ) -> None:
-    """Log what somebody should look at."""
+    """Log the faults, the errors of the pass, and what kept it from removing bases."""
     faults = [result for result in results if result.verdict.outcome in FAULTS]
     for fault in faults[:_MOST_LINES]:
         LOG.error("%s", report.line(fault))
@@ -272,7 +275,7 @@ def _log(
         LOG.warning("%s", evidence.warning)
     if evidence.blocker is not None and not evidence.errors:
         LOG.warning(
-            "the clean-up is blocked and removes nothing: %s; run ln-images-node on that host",
+            "the clean-up is blocked and removes nothing: %s; follow docs/prune.md",
             evidence.blocker,
         )
     if _lacks_marks(results):
@@ -280,7 +283,7 @@ def _log(
             "the file system of the cache keeps no extended attributes, so there is no clean-up;"
             " use another file system"
         )
-    if found.has_more_bases:
+    if on_disk.has_more_bases:
         LOG.warning(
             "the cache has more than %d bases that belong to no image in the store; the others are"
             " not removed; find out what creates them",

@@ -1,8 +1,8 @@
 """Gather what the clean-up must know before it takes a base from anybody.
 
-That is what the nodes reported, the compute hosts that Nova knows, and the images that Glance has.
-If one of these is missing, no base may go, but the others still count: a base that a report names
-is restored even if neither Nova nor Glance can be queried.
+The evidence has three parts: what the nodes reported, the compute hosts that Nova knows, and the
+images that Glance has. If a part is missing, no base may be retired or removed. The other parts
+still count: a base that a report names is restored even if neither Nova nor Glance can be queried.
 """
 
 import time
@@ -22,14 +22,14 @@ from ln_images.store import Store
 
 # We do not act on evidence that is older than this, in seconds.
 MOST_AGE = 300
-# An image is queried by itself only within so many seconds, so that there is time left to act.
+# After so many seconds we no longer query Glance about single images, so that time is left to act.
 _QUERY_SECONDS = 150
 
 
 class Cloud(NamedTuple):
     """What the cloud answers: all compute hosts, and all images by id.
 
-    ``glance`` can be queried about one image more.
+    ``glance`` can be queried about one more image.
     """
 
     hosts: Sequence[ComputeHost]
@@ -42,11 +42,11 @@ class Evidence:
     """All that was gathered.
 
     ``start`` is when that began (:func:`boot_time`). ``cloud`` is None if it could not be queried,
-    or is another one. ``image_statuses`` has the status of each image that Glance lists, by the
-    names that its base can have and by its id in lower case.
+    or if it is not the cloud of this store and cache. ``image_statuses`` has the status of each
+    image that Glance lists, by the names that its base can have and by its id in lower case.
     ``reports_begun`` says for each compute host when its report was begun, in seconds since the
-    epoch. ``blockers`` are why no base may go. ``errors`` are why a part is missing: they block as
-    well. ``warning`` is what somebody should look at all the same.
+    epoch. ``blockers`` are the reasons why no base may be retired or removed. ``errors`` say why a
+    part is missing, and block as well. ``warning`` blocks nothing, and belongs in the log.
     """
 
     start: float
@@ -65,7 +65,10 @@ class Evidence:
 
     @property
     def blocker(self) -> str | None:
-        """Return the first reason why no base may go and how many more there are, or None."""
+        """Return the first reason why no base may be removed, and how many more there are.
+
+        Return None if there is no reason.
+        """
         reasons = [*(error.message for error in self.errors), *self.blockers]
         if len(reasons) > 1:
             return f"{reasons[0]} (and {len(reasons) - 1} more)"
@@ -88,7 +91,10 @@ class Evidence:
 
     def has_image(self, image_id: str) -> bool:
         """Return whether Glance, queried about this one image, has it. Raises LnImagesError."""
-        return self.cloud is None or self.cloud.glance.has_image(image_id)
+        if self.cloud is None:
+            # It cannot be queried, so the image may exist.
+            return True
+        return self.cloud.glance.has_image(image_id)
 
 
 def boot_time() -> float:
@@ -111,7 +117,7 @@ def query_cloud(connection: Connection, admin_role: str, region_names: Sequence[
 def gather(
     *,
     store: Store,
-    found: Scan,
+    on_disk: Scan,
     reports: Reports,
     query: Callable[[], Cloud],
     policy: Policy,
@@ -135,7 +141,7 @@ def gather(
     try:
         cloud = query()
         answer = Answer(cloud.images, is_complete=True)
-        evidence.warning = require_same_cloud(store, found, [], answer, cloud.glance)
+        evidence.warning = require_same_cloud(store, on_disk, [], answer, cloud.glance)
     except LnImagesError as error:
         evidence.errors.append(error)
         return evidence
@@ -154,7 +160,7 @@ def _index_statuses(images: Iterable[Image]) -> dict[str, str]:
     """Return the status of each image by its id in lower case, and by the names of its base.
 
     MySQL compares ids without regard to case, and so do Nova and Glance there. The name of a base
-    comes from one spelling of the id.
+    is the SHA-1 of one spelling of the id.
     """
     statuses: dict[str, str] = {}
     for image in images:

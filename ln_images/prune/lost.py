@@ -12,9 +12,11 @@ from ln_images.store import Store
 
 
 def find_missing(store: Store, reports: Reports, policy: Policy, now: float) -> list[Result]:
-    """Return a result for each base that is missing, as if it were lost.
+    """Return a result for each base that a disk uses and that is missing now.
 
-    A report that is not fresh may be about a server that is gone, so it does not count here.
+    The result says that it is lost. The caller must check again at the end, because the base may
+    come back meanwhile. A report that is not fresh does not count here, because it may be about a
+    server that is gone.
     """
     users: dict[str, list[str]] = defaultdict(list)
     servers: dict[str, set[str]] = defaultdict(set)
@@ -34,7 +36,7 @@ def find_missing(store: Store, reports: Reports, policy: Policy, now: float) -> 
 def is_there(store: Store, name: str) -> bool:
     """Return whether a base has its name, or is at least retired.
 
-    What cannot be looked at counts as there: it is not known to be missing.
+    A base that cannot be read counts as there, because nothing shows that it is missing.
     """
     try:
         files = [store.cache_file(name), store.cache_file(name + RETIRED_SUFFIX)]
@@ -44,9 +46,9 @@ def is_there(store: Store, name: str) -> bool:
 
 
 def _lost(name: str, users: Sequence[str], servers: Collection[str]) -> Result:
-    sentence = f"{short_list(users)} uses it"
+    sentence = f"it is in use on {short_list(users)}"
     if servers:
-        sentence += f" for server {short_list(list(servers))}"
+        sentence += f" by server {short_list(list(servers))}"
     verdict = Verdict(
         Outcome.LOST,
         Reason.BASE_IS_MISSING,

@@ -36,13 +36,15 @@ def list_nodes(
 ) -> list[Node]:
     """Return the nodes: the compute hosts that Nova knows, and those that report."""
     names = {host.name for host in hosts} - policy.ignored_hosts
+    # Without an answer of Nova, every host counts as one that it knows.
+    known = names if hosts else reports.hosts
     return [
-        _node(name, not hosts or name in names, reports, policy, now)
+        _node(name, reports, policy, now, is_known=name in known)
         for name in sorted(names | reports.hosts)
     ]
 
 
-def _node(name: str, is_known: bool, reports: Reports, policy: Policy, now: float) -> Node:
+def _node(name: str, reports: Reports, policy: Policy, now: float, *, is_known: bool) -> Node:
     report: Report | None = reports.readable.get(name)
     if report is None:
         because = reports.unreadable.get(name)
@@ -85,6 +87,7 @@ def nodes_table(nodes: Sequence[Node]) -> str:
         for node in nodes
         for check in node.wrong
     ]
+    # An empty line separates the nodes from the table of the bases.
     return "\n".join([*lines, ""])
 
 

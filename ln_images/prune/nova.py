@@ -1,4 +1,4 @@
-"""List the compute hosts that Nova knows. Nothing else is asked of Nova."""
+"""List the compute hosts that Nova knows. We query Nova about nothing else."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -115,30 +115,30 @@ def _versioned(url: str) -> str:
 
 
 def _list_hosts_of_region(connection: Connection, region: str, url: str) -> list[ComputeHost]:
-    service = f"Nova in region {region}" if region else "Nova"
+    where = f"Nova in region {region}" if region else "Nova"
     connection.allow(url)
     nova = Adapter(connection.session, endpoint_override=url, service_type="compute")
-    with connection.querying(service):
+    with connection.querying(where):
         try:
             services = nova.get(
                 "/os-services", params={"binary": "nova-compute"}, microversion=_MICROVERSION
             ).json()["services"]
         except NotAcceptable:
             raise ConfigurationError(
-                f"{service} is older than 19.0.0 and does not show a cell that is down; upgrade it"
+                f"{where} is older than 19.0.0 and does not show a cell that is down; upgrade it"
             ) from None
         computes = [service for service in services if service["binary"] == "nova-compute"]
         if any(compute["status"] == "UNKNOWN" for compute in computes):
-            raise TemporaryError(f"{service} does not see all of its cells; wait until they are up")
+            raise TemporaryError(f"{where} does not see all of its cells; wait until they are up")
         if not all(isinstance(compute["id"], str) for compute in computes):
             # Services have a UUID since microversion 2.53.
             raise TemporaryError(
-                f"{service} does not answer with the microversion that we asked for; look for a"
+                f"{where} does not answer with the microversion that we requested; look for a"
                 " proxy that removes the header OpenStack-API-Version"
             )
         hosts = [ComputeHost(str(compute["host"]), region) for compute in computes]
     if not hosts:
         raise ConfigurationError(
-            f"{service} has no compute host; name the regions that use this cache with --region"
+            f"{where} has no compute host; name the regions that use this cache with --region"
         )
     return hosts

@@ -1,4 +1,4 @@
-"""Read the reports in which the compute nodes say which bases their disks use.
+"""Read the reports in which the compute nodes name the bases that their disks use.
 
 ``tools/ln-images-node`` writes them, as ``<host>.json``. Every compute node can write to their
 directory, so everything in it is hostile until it is checked.
@@ -21,7 +21,7 @@ _MOST_BYTES = 64 * 2**20
 _MOST_CHECKS = 100
 # The directory may have other entries, such as files that a node has not finished.
 _MOST_ENTRIES = 100_000
-# A report that is further in the future than this, in seconds, has a clock that is wrong.
+# If a report lies further in the future than this, in seconds, a clock is wrong.
 CLOCK_TOLERANCE = 300
 
 # compute-1.example.org.json. The file that a node has not finished, .compute-1.json.1f2e3d4c, has
@@ -51,8 +51,8 @@ class Report(NamedTuple):
 
     ``begun`` is when the scan of the node's disks began. It is the earliest of the time in the
     report, the file's mtime and its ctime: a bulk chown renews the ctime, and a node's clock may be
-    ahead. ``latest`` is the latest of the three. ``bases`` are in use, ``recent`` were in use at
-    the time given. ``lost`` are those in use that the node misses.
+    ahead. ``latest`` is the latest of the three. ``bases`` are in use. ``recent`` has bases that
+    were in use not long ago, with the time. ``lost`` are bases in use that the node does not find.
     """
 
     host: str
@@ -101,14 +101,14 @@ class Reports(NamedTuple):
 
 
 class _UnreadableError(Exception):
-    """A report that we do not accept. The text says why."""
+    """A report, or the whole directory, that we do not accept. The text says why."""
 
 
 def read_reports(path: str) -> Reports:
     """Return the reports in the directory ``path``."""
     try:
-        # A node can put a symbolic link in place of the directory. With a slash behind its name,
-        # it would be followed.
+        # A node can put a symbolic link in place of the directory. O_NOFOLLOW does not refuse it if
+        # its name ends in a slash, so we remove that.
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         directory = os.open(path.rstrip("/") or path, flags)
     except OSError as error:
@@ -193,17 +193,17 @@ def _parse(host: str, content: bytes, status: os.stat_result) -> Report:
         raise _UnreadableError("it is not of version 1; update ln-images on this machine")
     if document.get("host") != host:
         raise _UnreadableError("it names another host than its file does")
-    reported: Any = document.get("time")
-    if not _is_time(reported):
+    reported_time: Any = document.get("time")
+    if not _is_time(reported_time):
         raise _UnreadableError("it has no time")
     complete = document.get("complete")
     if not isinstance(complete, bool):
-        raise _UnreadableError("it does not say whether it is complete")
+        raise _UnreadableError('it has no "complete" that is true or false')
     lost = [_lost_base(entry) for entry in _list(document, "lost")]
     if "bases" not in document:
         raise _UnreadableError("it has no bases")
     in_use = [_base_name(base) for base in _list(document, "bases")]
-    times = (float(reported), status.st_mtime, status.st_ctime)
+    times = (float(reported_time), status.st_mtime, status.st_ctime)
     return Report(
         host=host,
         begun=min(times),
@@ -219,6 +219,7 @@ def _parse(host: str, content: bytes, status: os.stat_result) -> Report:
 
 def _is_time(value: Any) -> bool:
     """Return whether a value is a plausible time in seconds since the epoch."""
+    # Python counts true and false as integers. They are no times.
     return type(value) in (int, float) and 0 <= value < 1e11
 
 

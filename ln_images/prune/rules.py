@@ -7,8 +7,8 @@ The functions here are pure: they decide from facts and do nothing. :func:`decid
 Its order is the policy:
 
 1. A report names the base: it is needed. A retired base gets its name back.
-2. Glance still has the image: the same.
-3. The clean-up may not judge this base, or is blocked: nothing changes.
+2. Glance still has the image: as in 1.
+3. The base is exempt (:func:`_judge_exemption`), or the clean-up is blocked: nothing changes.
 4. The base has no mark ``unused_since``: it is marked now.
 5. The mark is younger than ``--after``: the base waits. A mark in the future is set to now.
 6. A report was begun before the mark: the base waits.
@@ -48,9 +48,10 @@ NEEDS_FRESH_EVIDENCE = frozenset({Action.RETIRE, Action.REMOVE, Action.SET_MARK}
 
 
 class Decision(NamedTuple):
-    """A verdict, and the action that must succeed before it is true; None if nothing is to be done.
+    """A verdict, and the action that must succeed before the verdict is true.
 
-    If the action fails, the verdict is replaced by one that says why.
+    ``action`` is None if there is nothing to do. If the action fails, another verdict that says why
+    replaces this one.
     """
 
     verdict: Verdict
@@ -70,11 +71,12 @@ class Policy:
 class Facts(NamedTuple):
     """Everything that decides about one base.
 
-    ``namesake`` has the other one of its two names, ``<sha1>`` and ``<sha1>.retired``, or is None.
-    ``users`` are the hosts whose reports name it. ``image_status`` is the status of its image in
-    Glance, or None if Glance has no such image.
+    A base has one of two names, ``<sha1>`` or ``<sha1>.retired``. ``namesake`` is the file that has
+    the other one, or None. ``users`` are the hosts whose reports name the base. ``image_status`` is
+    the status of its image in Glance, or None if Glance has no such image.
 
-    The last two are the same for all bases. ``blocker`` is why no base may go, or None.
+    The last two are the same for all bases. ``blocker`` says why no base may be retired or removed;
+    it is None if the clean-up is not blocked.
     ``reports_begun`` says for each compute host when its report was begun, in seconds since the
     epoch.
     """
@@ -89,7 +91,7 @@ class Facts(NamedTuple):
 
     @property
     def has_two_names(self) -> bool:
-        """Return whether a retired base has its name as well."""
+        """Return whether a retired base has its original name as well."""
         return (
             self.base.retired
             and self.namesake is not None
@@ -98,7 +100,7 @@ class Facts(NamedTuple):
 
     @property
     def is_name_taken(self) -> bool:
-        """Return whether another file has the name of a retired base."""
+        """Return whether another file has the original name of a retired base."""
         return self.base.retired and self.namesake is not None and not self.has_two_names
 
 
@@ -109,7 +111,7 @@ def decide(facts: Facts, policy: Policy, now: float) -> Decision:
     """
     base = facts.base
 
-    # A run that was to rename it ended between link and unlink. We unlink the retired name.
+    # An earlier run that renamed it ended between link and unlink. We unlink the retired name.
     if facts.has_two_names:
         sentence = "it had both names, because a run ended between two steps"
         return Decision(Verdict(Outcome.RESTORED, Reason.TWO_NAMES, sentence), Action.RESTORE)
@@ -124,7 +126,7 @@ def decide(facts: Facts, policy: Policy, now: float) -> Decision:
         sentence = f"Glance has its image: status {facts.image_status}"
         return _decide_on_needed(facts, Reason.IMAGE_EXISTS, sentence)
 
-    # 3. The clean-up may not judge this base, or is blocked.
+    # 3. The base is exempt, or the clean-up is blocked.
     verdict = _judge_exemption(facts, policy)
     if verdict is not None:
         return Decision(verdict)
@@ -195,7 +197,7 @@ def _judge_exemption(facts: Facts, policy: Policy) -> Verdict | None:
         return Verdict(
             Outcome.KEPT,
             Reason.NO_MARKS,
-            "the file system of the cache keeps no extended attributes, so no time can be noted",
+            "the file system of the cache keeps no extended attributes, so we cannot mark the base",
         )
     if base.image_id is None and not policy.unmarked:
         return Verdict(
@@ -225,11 +227,11 @@ def _kept(reason: Reason, sentence: str, action: Action | None = None) -> Decisi
 def list_blockers(
     hosts: Sequence[ComputeHost], reports: Reports, policy: Policy, now: float
 ) -> list[str]:
-    """Return everything that keeps every base for now. ``hosts`` are all that Nova knows."""
+    """Return each reason why no base may be removed now. ``hosts`` are all that Nova knows."""
     # The bases that an unreadable report names are not known, whoever wrote it.
     blockers = [
-        f"the report of {host} cannot be read: {because}"
-        for host, because in sorted(reports.unreadable.items())
+        f"the report of {host} cannot be read: {reason}"
+        for host, reason in sorted(reports.unreadable.items())
     ]
     counts = Counter(host.name for host in hosts)
     reporting = sorted(counts.keys() - policy.ignored_hosts)
@@ -259,21 +261,26 @@ def find_problem(report: Report, policy: Policy, now: float) -> str | None:
     if not is_fresh(report, policy, now):
         return f"is {duration_text(now - report.begun)} old"
     if not report.complete:
-        return f"is incomplete: {report.incomplete_because or 'it does not say why'}"
+        return f"is incomplete: {report.incomplete_because or 'it gives no reason'}"
     return None
 
 
 def is_fresh(report: Report, policy: Policy, now: float) -> bool:
-    """Return whether a report says what its host uses now, even if it is incomplete."""
+    """Return whether a report shows what its host uses now, even if it is incomplete."""
     return not is_of_wrong_clock(report, now) and now - report.begun < policy.report_age
 
 
 def is_of_wrong_clock(report: Report, now: float) -> bool:
-    """Return whether a report lies in the future. Then a clock is wrong, and its age not known."""
+    """Return whether a report lies in the future.
+
+    Then a clock is wrong, and nobody knows how old the report is.
+    """
     return report.latest - now > CLOCK_TOLERANCE
 
 
 def short_list(names: Sequence[str]) -> str:
     """Return the first three names, and how many more there are."""
     text = ", ".join(sorted(names)[:3])
-    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
+    if len(names) > 3:
+        text += f" and {len(names) - 3} more"
+    return text

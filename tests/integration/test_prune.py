@@ -379,7 +379,7 @@ def forbidden(nova: Compute) -> None:
     [
         (hosts_down, 75, f"Nova in region {REGION} does not see all of its cells"),
         (older, 2, f"Nova in region {REGION} is older than 19.0.0"),
-        (stripped, 75, "does not answer with the microversion that we asked for"),
+        (stripped, 75, "does not answer with the microversion that we requested"),
         (silent, 75, f"Nova in region {REGION} cannot be queried (ConnectTimeout"),
         (odd, 75, f"Nova in region {REGION} cannot be queried (KeyError)"),
         (forbidden, 2, f"Nova in region {REGION} refuses the credentials (HTTP 403)"),
@@ -485,7 +485,7 @@ def test_a_lost_base_is_named_with_host_and_server(node: Node, reports: Path) ->
     document = run(node, reports, status=1)
     (result,) = document["images"]
     assert (result["cache_name"], result["outcome"]) == (NAME, "lost")
-    assert result["reason"].startswith("compute-1 uses it for server s1\n, and it is not in")
+    assert result["reason"].startswith("it is in use on compute-1 by server s1\n, and it is not in")
     first, second = document["nodes"]
     assert (first["host"], first["bases"], first["lost"]) == ("compute-1", 1, lost)
     assert first["wrong"] == ["hard"]

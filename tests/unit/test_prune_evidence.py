@@ -268,7 +268,7 @@ def evidence(tmp_path: Path, cloud: Cloud | Exception, policy: Policy = POLICY) 
     with Store(str(tmp_path / "images"), str(tmp_path / "cache")) as store:
         return gather(
             store=store,
-            found=scan(store, policy=None),
+            on_disk=scan(store, policy=None),
             reports=reports,
             query=query,
             policy=policy,
