@@ -295,6 +295,32 @@ def test_the_links_of_a_page_lead_to_files_that_exist(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+def list_code(page: Path) -> Iterator[str]:
+    """Yield each line of a page's fenced and indented code, without comments."""
+    is_fenced = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.lstrip().startswith("```"):
+            is_fenced = not is_fenced
+        elif (is_fenced or line.startswith("    ")) and not line.lstrip().startswith("#"):
+            yield line.strip()
+
+
+def test_the_chinese_readme_has_the_commands_of_the_english_pages() -> None:
+    """Each line of code in README.zh.md is in an English page or in crontab.example.
+
+    Its transcript and its picture of the directories are no commands.
+    """
+    page = ROOT / "README.zh.md"
+    english = {line for other in PAGES if other != page for line in list_code(other)}
+    crontab = {
+        line.removeprefix("#").replace("/root/admin-openrc", "/etc/ln-images.env")
+        for line in CRONTAB.splitlines()
+    }
+    transcript = set(map(str.strip, block("demo", page).splitlines()))
+    picture = {line for line in list_code(page) if not line.isascii()}
+    assert set(list_code(page)) - english - crontab - transcript - picture == set()
+
+
 def module_name(path: Path) -> str:
     """Return the name of a module of the package, such as ``prune.rules``."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
