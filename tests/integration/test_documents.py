@@ -265,24 +265,70 @@ def test_the_line_that_reacts_links_under_a_real_cron(node: Node, tmp_path: Path
         cron.wait()
 
 
-def list_services() -> Iterator[str]:
-    """Yield every systemd service that the documents show."""
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        for text in re.findall(r"```ini\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            if "ExecStart=" in text:
-                yield text
+UNITS = ROOT / "docs" / "systemd"
+SERVICES = sorted(UNITS.glob("ln-images*.service"))
 
 
-def test_the_services_of_the_documents_log_errors_and_stop_without_failing() -> None:
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
+@pytest.mark.parametrize("unit", sorted(UNITS.iterdir()), ids=lambda unit: unit.name)
+def test_systemd_accepts_a_unit(unit: Path, tmp_path: Path) -> None:
+    """Systemd knows every line of each unit, and the program that a service starts exists."""
+    for source in UNITS.iterdir():
+        text = source.read_text(encoding="utf-8")
+        text = text.replace("/opt/ln-images/bin", str(executable().parent))
+        text = text.replace("/usr/local/sbin", str(ROOT / "tools"))
+        (tmp_path / source.name).write_text(text)
+    check = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", tmp_path / unit.name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    complaints = [line for line in check.stderr.splitlines() if str(tmp_path) in line]
+    assert complaints == []
+
+
+@pytest.mark.parametrize(
+    "service", [path for path in SERVICES if "node" not in path.name], ids=lambda path: path.name
+)
+def test_a_service_logs_errors_and_stops_without_failing(service: Path) -> None:
     """A service logs its errors in the journal, and one that a signal stops has not failed."""
-    services = [
-        text
-        for text in list_services()
-        if re.search(r"ExecStart=\S*/ln-images(-prune|-verify)?\s", text)
-    ]
-    assert services
-    for service in services:
-        assert {"StandardError=journal", "SuccessExitStatus=130"} <= set(service.splitlines())
+    lines = set(service.read_text(encoding="utf-8").splitlines())
+    assert {"StandardError=journal", "SuccessExitStatus=130"} <= lines
+
+
+@needs_root
+def test_every_setting_of_the_example_works(node: Node, tmp_path: Path) -> None:
+    """With the example of /etc/ln-images.env each command writes its own log and metrics.
+
+    The test replaces the credential and the directories, and uses every line that is a comment.
+    """
+    text = (ROOT / "docs" / "ln-images.env.example").read_text(encoding="utf-8")
+    text = re.sub(r"^#(LN_IMAGES_)", r"\1", text, flags=re.MULTILINE)
+    text = re.sub(r"^OS_.*\n", "", text, flags=re.MULTILINE)
+    for directory in ("/var/log", "/var/lib/prometheus/node-exporter"):
+        text = text.replace(directory, str(tmp_path))
+    text = text.replace("/var/lib/glance/images", str(node.images))
+    (tmp_path / "ln-images.env").write_text(text)
+    image = node.cloud.image("image", b"\1" * 1000)
+    shell = f"set -a; . {tmp_path}/ln-images.env; set +a;"
+    environment = node.environment(LN_IMAGES_OWNER=None, LN_IMAGES_IMAGES_DIR=None)
+    statuses = {}
+    for command in Command:
+        run = subprocess.run(
+            ["/bin/sh", "-c", f"{shell} exec {executable(command)}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        statuses[command] = run.returncode
+        name = command.value.replace("-", "_")
+        assert (tmp_path / f"{name}.prom").exists(), run.stderr
+        assert (tmp_path / f"{command}.log").exists(), run.stderr
+    # The cloud of the tests has no Nova.
+    assert statuses == {Command.LINK: 0, Command.PRUNE: 2, Command.VERIFY: 0}
+    assert node.entry(image).stat().st_uid == 64055
 
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
