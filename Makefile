@@ -27,6 +27,7 @@ cloud: $(VENV)/installed $(CLOUD)/installed
 # What the tests run of Debian. File systems are made by root alone.
 tools:
 	@tools/need.sh "command -v qemu-img" qemu-utils
+	@[ "$$(id -u)" != 0 ] || tools/need.sh "command -v rsync" rsync
 	@[ "$$(id -u)" != 0 ] || \
 		tools/need.sh "ls /sbin/mkfs.xfs /sbin/mkfs.ext4" xfsprogs e2fsprogs
 	@[ "$$(id -u)" != 0 ] || tools/need.sh "command -v bindfs" bindfs

@@ -117,19 +117,10 @@ def test_the_reference_has_every_exit_status() -> None:
     assert statuses == ["0", "1", "2", "75", "130"]
 
 
-def without_what_varies(text: str) -> str:
-    """Return a transcript without inode numbers, durations and the user whom the demo uses."""
-    text = re.sub(r"^\d+ -rw", "INODE -rw", text, flags=re.MULTILINE)
-    text = re.sub(r"^total \d+$", "total BLOCKS", text, flags=re.MULTILINE)
-    text = re.sub(r"\d+\.\d s$", "TIME s", text, flags=re.MULTILINE)
-    text = re.sub(r"^This machine has no user qemu.*\n", "", text, flags=re.MULTILINE)
-    text = re.sub(r"--owner \w+", "--owner USER", text)
-    return re.sub(r"(-rw-r--r-- \d) \S+ +\S+", r"\1 USER GROUP", text)
-
-
-def test_the_readmes_transcript_is_what_the_demo_prints() -> None:
-    """The first run of the README is what the demo prints."""
-    demo = subprocess.run(
+@pytest.fixture(scope="module")
+def demo() -> str:
+    """Return what the demo prints."""
+    run = subprocess.run(
         [sys.executable, ROOT / "tools" / "demo.py"],
         env={**os.environ, "CLOUD_VENV": str(SERVERS), "PYTHONPATH": str(ROOT / "tests")},
         capture_output=True,
@@ -137,8 +128,28 @@ def test_the_readmes_transcript_is_what_the_demo_prints() -> None:
         timeout=300,
         check=False,
     )
-    assert demo.returncode == 0, demo.stderr
-    assert without_what_varies(demo.stdout) == without_what_varies(block("demo"))
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def without_what_varies(text: str) -> str:
+    """Return a transcript without durations, the demo's user, and real inode numbers.
+
+    Inode numbers become A, B, ... in the order of their appearance, so equal ones stay equal.
+    """
+    inodes = dict.fromkeys(re.findall(r"^(\d+) [0-9a-f-]+$", text, re.MULTILINE))
+    for letter, inode in zip("ABC", inodes, strict=False):
+        text = re.sub(rf"^{inode} ", f"{letter} ", text, flags=re.MULTILINE)
+    text = re.sub(r"\d+\.\d s$", "TIME s", text, flags=re.MULTILINE)
+    return re.sub(r"--owner \w+", "--owner USER", text)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_transcript_of_a_readme_is_what_the_demo_prints(page: str, demo: str) -> None:
+    """The first run of each README is a part of what the demo prints."""
+    transcript = block("demo", ROOT / page)
+    assert "$ ln-images " in transcript
+    assert without_what_varies(transcript) in without_what_varies(demo)
 
 
 def crontab_lines() -> list[str]:
@@ -254,24 +265,70 @@ def test_the_line_that_reacts_links_under_a_real_cron(node: Node, tmp_path: Path
         cron.wait()
 
 
-def list_services() -> Iterator[str]:
-    """Yield every systemd service that the documents show."""
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        for text in re.findall(r"```ini\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            if "ExecStart=" in text:
-                yield text
+UNITS = ROOT / "docs" / "systemd"
+SERVICES = sorted(UNITS.glob("ln-images*.service"))
 
 
-def test_the_services_of_the_documents_log_errors_and_stop_without_failing() -> None:
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
+@pytest.mark.parametrize("unit", sorted(UNITS.iterdir()), ids=lambda unit: unit.name)
+def test_systemd_accepts_a_unit(unit: Path, tmp_path: Path) -> None:
+    """Systemd knows every line of each unit, and the program that a service starts exists."""
+    for source in UNITS.iterdir():
+        text = source.read_text(encoding="utf-8")
+        text = text.replace("/opt/ln-images/bin", str(executable().parent))
+        text = text.replace("/usr/local/sbin", str(ROOT / "tools"))
+        (tmp_path / source.name).write_text(text)
+    check = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", tmp_path / unit.name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    complaints = [line for line in check.stderr.splitlines() if str(tmp_path) in line]
+    assert complaints == []
+
+
+@pytest.mark.parametrize(
+    "service", [path for path in SERVICES if "node" not in path.name], ids=lambda path: path.name
+)
+def test_a_service_logs_errors_and_stops_without_failing(service: Path) -> None:
     """A service logs its errors in the journal, and one that a signal stops has not failed."""
-    services = [
-        text
-        for text in list_services()
-        if re.search(r"ExecStart=\S*/ln-images(-prune|-verify)?\s", text)
-    ]
-    assert services
-    for service in services:
-        assert {"StandardError=journal", "SuccessExitStatus=130"} <= set(service.splitlines())
+    lines = set(service.read_text(encoding="utf-8").splitlines())
+    assert {"StandardError=journal", "SuccessExitStatus=130"} <= lines
+
+
+@needs_root
+def test_every_setting_of_the_example_works(node: Node, tmp_path: Path) -> None:
+    """With the example of /etc/ln-images.env each command writes its own log and metrics.
+
+    The test replaces the credential and the directories, and uses every line that is a comment.
+    """
+    text = (ROOT / "docs" / "ln-images.env.example").read_text(encoding="utf-8")
+    text = re.sub(r"^#(LN_IMAGES_)", r"\1", text, flags=re.MULTILINE)
+    text = re.sub(r"^OS_.*\n", "", text, flags=re.MULTILINE)
+    for directory in ("/var/log", "/var/lib/prometheus/node-exporter"):
+        text = text.replace(directory, str(tmp_path))
+    text = text.replace("/var/lib/glance/images", str(node.images))
+    (tmp_path / "ln-images.env").write_text(text)
+    image = node.cloud.image("image", b"\1" * 1000)
+    shell = f"set -a; . {tmp_path}/ln-images.env; set +a;"
+    environment = node.environment(LN_IMAGES_OWNER=None, LN_IMAGES_IMAGES_DIR=None)
+    statuses = {}
+    for command in Command:
+        run = subprocess.run(
+            ["/bin/sh", "-c", f"{shell} exec {executable(command)}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        statuses[command] = run.returncode
+        name = command.value.replace("-", "_")
+        assert (tmp_path / f"{name}.prom").exists(), run.stderr
+        assert (tmp_path / f"{command}.log").exists(), run.stderr
+    # The cloud of the tests has no Nova.
+    assert statuses == {Command.LINK: 0, Command.PRUNE: 2, Command.VERIFY: 0}
+    assert node.entry(image).stat().st_uid == 64055
 
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -282,6 +339,32 @@ def test_the_links_of_a_page_lead_to_files_that_exist(page: Path) -> None:
     """Each link from a page to another file of the project leads to one."""
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def list_code(page: Path) -> Iterator[str]:
+    """Yield each line of a page's fenced and indented code, without comments."""
+    is_fenced = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.lstrip().startswith("```"):
+            is_fenced = not is_fenced
+        elif (is_fenced or line.startswith("    ")) and not line.lstrip().startswith("#"):
+            yield line.strip()
+
+
+def test_the_chinese_readme_has_the_commands_of_the_english_pages() -> None:
+    """Each line of code in README.zh.md is in an English page or in crontab.example.
+
+    Its transcript and its picture of the directories are no commands.
+    """
+    page = ROOT / "README.zh.md"
+    english = {line for other in PAGES if other != page for line in list_code(other)}
+    crontab = {
+        line.removeprefix("#").replace("/root/admin-openrc", "/etc/ln-images.env")
+        for line in CRONTAB.splitlines()
+    }
+    transcript = set(map(str.strip, block("demo", page).splitlines()))
+    picture = {line for line in list_code(page) if not line.isascii()}
+    assert set(list_code(page)) - english - crontab - transcript - picture == set()
 
 
 def module_name(path: Path) -> str:

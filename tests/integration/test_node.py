@@ -787,7 +787,7 @@ def test_options_are_those_of_oslo_config(
         environment={"HOME": str(tmp_path), **variables},
     )
     configuration = tool.read_configuration(process, tool.Files(), [])
-    assert configuration.doubt is None
+    assert configuration.unknown_because is None
     # The tool has no default for state_path. Nova's own depends on where Nova is installed.
     configuration.sections.append({"DEFAULT": {"state_path": "/var/lib/nova"}})
     for group, opt in NOVA_OPTIONS:

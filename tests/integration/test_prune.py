@@ -315,7 +315,7 @@ def test_every_region_is_queried(node: Node, reports: Path) -> None:
             node, reports, *regions, status=75
         )
         assert prune(node, reports, "--region", REGION) == {idle.name: ("retired", "unused")}
-        assert {asked.path for asked in two.asked} == {"/os-services"}
+        assert {request.path for request in two.requests} == {"/os-services"}
 
 
 @pytest.mark.parametrize("path", ["", "/v2.1", "/v2.1/", f"/v2.1/{'0' * 32}"])
@@ -328,10 +328,10 @@ def test_a_catalog_may_have_the_version_and_the_project(
         url = nova.url.removesuffix("/v2.1") + path
         with in_catalog(node.cloud.identity(), (REGION, "public", url)):
             assert prune(node, reports) == {idle.name: ("retired", "unused")}
-        (asked,) = nova.asked
-        assert asked.path.endswith("/os-services")
-        assert asked.query == {"binary": "nova-compute"}
-        assert asked.microversion == "2.69"
+        (request,) = nova.requests
+        assert request.path.endswith("/os-services")
+        assert request.query == {"binary": "nova-compute"}
+        assert request.microversion == "2.69"
 
 
 def test_an_endpoint_override_is_honoured(node: Node, nova: Compute, reports: Path) -> None:
@@ -340,8 +340,8 @@ def test_an_endpoint_override_is_honoured(node: Node, nova: Compute, reports: Pa
     with Compute(*HOSTS) as other:
         variables: dict[str, str | None] = {"OS_COMPUTE_ENDPOINT_OVERRIDE": other.url}
         assert prune(node, reports, status=0, **variables) == {idle.name: ("retired", "unused")}
-        assert other.asked
-    assert not nova.asked
+        assert other.requests
+    assert not nova.requests
 
 
 def hosts_down(nova: Compute) -> None:
@@ -419,7 +419,7 @@ def test_no_redirect_of_nova_is_followed(
         nova.faults["os-services"] = Fault(status, b"", location=location)
         options = ("--after", "0s", "--reports-dir", str(reports), "--format", "json")
         result = node.run(*options, command=Command.PRUNE)
-        assert other.asked == []
+        assert other.requests == []
     assert result.returncode == 2
     assert nova.url in result.stderr
     assert location in result.stderr
@@ -449,7 +449,7 @@ def test_without_reports_what_glance_has_comes_back(
     os.setxattr(retired, IMAGE_ID_MARK, image.encode())
     found = prune(node, tmp_path / "nowhere", status=2)
     assert found == {node.entry(image).name: ("restored", "image_exists")}
-    assert nova.asked
+    assert nova.requests
 
 
 @pytest.mark.usefixtures("nova")
@@ -588,7 +588,7 @@ def test_while_nova_is_queried_other_runs_link(node: Node, nova: Compute, report
     environment = node.environment(**UNCOVERED)
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as pruning:
         try:
-            wait_until(lambda: nova.asked, "a query to Nova")
+            wait_until(lambda: nova.requests, "a query to Nova")
             new = node.cloud.image("new", DATA)
             assert node.run().returncode == 0
             assert node.is_linked(new)
@@ -618,7 +618,7 @@ def test_a_file_system_without_attributes_has_no_clean_up(
         assert found == {NAME: ("kept", "no_marks"), other: ("restored", "in_use")}
         warning = stderr(node, reports, "--unmarked", status=0, **directories)
         assert "keeps no extended attributes, so there is no clean-up" in warning
-    assert nova.asked
+    assert nova.requests
 
 
 def test_each_change_is_logged(node: Node, nova: Compute, reports: Path, tmp_path: Path) -> None:
@@ -631,7 +631,7 @@ def test_each_change_is_logged(node: Node, nova: Compute, reports: Path, tmp_pat
     assert len(lines) == 2
     assert f"as {retires.name}: unused for" in next(line for line in lines if "retired: " in line)
     assert f"as {ends}: unused for" in next(line for line in lines if "pruned: " in line)
-    assert nova.asked
+    assert nova.requests
 
 
 # Actions on real files, on this machine's file system and on one that has no RENAME_NOREPLACE.

@@ -38,7 +38,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """One request: its path without ``/v2.1``, its parameters, and the microversion as sent."""
 
     path: str
@@ -80,7 +80,7 @@ class Compute(ThreadingHTTPServer):
 
     ``hosts`` are the compute hosts; a conductor is there as well. ``hosts_down`` are those in a
     cell that is down. ``faults`` maps a part of a request's path to what is answered to such a
-    request. ``newest`` is its newest microversion. ``asked`` are the requests. Without
+    request. ``newest`` is its newest microversion. ``requests`` are those that came. Without
     ``has_microversions`` it is behind a proxy that removes the header.
     """
 
@@ -94,7 +94,7 @@ class Compute(ThreadingHTTPServer):
         self.faults: dict[str, Fault] = {}
         self.newest = NEWEST
         self.has_microversions = True
-        self.asked: list[Asked] = []
+        self.requests: list[Request] = []
         self.ended = threading.Event()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
         self._thread.start()
@@ -152,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
         microversion = self.headers.get("OpenStack-API-Version", "").removeprefix("compute ")
-        self.server.asked.append(Asked(url.path.removeprefix("/v2.1"), query, microversion))
+        self.server.requests.append(Request(url.path.removeprefix("/v2.1"), query, microversion))
         faults = self.server.faults
         fault = next((faults[part] for part in faults if part in self.path), None)
         if fault is None:

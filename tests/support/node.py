@@ -65,9 +65,12 @@ def executable(command: Command = Command.LINK) -> Path:
     return Path(sys.executable).with_name(command.value)
 
 
-def block(name: str) -> str:
-    """Return the fenced block of a document that follows the comment ``name``."""
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+def block(name: str, *pages: Path) -> str:
+    """Return the fenced block that follows the comment ``name`` in one of ``pages``.
+
+    Without ``pages`` it is searched in README.md and docs/.
+    """
+    for page in pages or (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = page.read_text(encoding="utf-8")
         match = re.search(rf"<!-- {name} -->\n```[a-z]*\n(.*?)```", text, re.DOTALL)
         if match:
