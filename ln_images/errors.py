@@ -43,10 +43,15 @@ def translate(service: str, error: Exception) -> LnImagesError:
     status = getattr(error, "http_status", None) or getattr(error, "code", None)
     what = f"HTTP {status}" if isinstance(status, int) else type(error).__name__
     if status in (401, 403):
-        access_rules = "" if service == "Keystone" else ", and its access rules if it has any"
-        return RefusedCredentialsError(
-            f"{service} refuses the credentials ({what}); check your openrc{access_rules}"
-        )
+        remedy = "check your openrc"
+        if service != "Keystone":
+            # keystonemiddleware answers 401 to every credential with access rules if the service
+            # has no service_type (validate_allowed_request in auth_token/__init__.py).
+            remedy += (
+                " and, if the credential has access rules, these and service_type in the"
+                " service's [keystone_authtoken]"
+            )
+        return RefusedCredentialsError(f"{service} refuses the credentials ({what}); {remedy}")
 
     # "Expecting to find domain in project. ... (HTTP 400)"
     if service == "Keystone" and status in (400, 404):
