@@ -43,15 +43,7 @@ def translate(service: str, error: Exception) -> LnImagesError:
     status = getattr(error, "http_status", None) or getattr(error, "code", None)
     what = f"HTTP {status}" if isinstance(status, int) else type(error).__name__
     if status in (401, 403):
-        remedy = "check your openrc"
-        if service != "Keystone":
-            # keystonemiddleware answers 401 to every credential with access rules if the service
-            # has no service_type (validate_allowed_request in auth_token/__init__.py).
-            remedy += (
-                " and, if the credential has access rules, these and service_type in the"
-                " service's [keystone_authtoken]"
-            )
-        return RefusedCredentialsError(f"{service} refuses the credentials ({what}); {remedy}")
+        return _refused_credentials(service, what)
 
     # "Expecting to find domain in project. ... (HTTP 400)"
     if service == "Keystone" and status in (400, 404):
@@ -105,6 +97,21 @@ def translate(service: str, error: Exception) -> LnImagesError:
         f"{service} cannot be queried ({what}); if it is not down, check OS_AUTH_URL and the"
         " catalog"
     )
+
+
+def _refused_credentials(service: str, what: str) -> RefusedCredentialsError:
+    """Return the error for ``service`` that answered ``what``, with a remedy.
+
+    To a credential with access rules, Glance and Nova answer 401 unless they have a service_type
+    (keystonemiddleware 13.0.1, auth_token/__init__.py, validate_allowed_request).
+    """
+    remedy = "check your openrc"
+    if service != "Keystone":
+        remedy += (
+            " and, for a credential with access rules, the rules, and service_type in the"
+            " service's [keystone_authtoken]"
+        )
+    return RefusedCredentialsError(f"{service} refuses the credentials ({what}); {remedy}")
 
 
 def cause(error: Exception) -> str:
