@@ -102,14 +102,14 @@ def translate(service: str, error: Exception) -> LnImagesError:
 def _refused_credentials(service: str, what: str) -> RefusedCredentialsError:
     """Return the error for ``service`` that answered ``what``, with a remedy.
 
-    To a credential with access rules, Glance and Nova answer 401 unless they have a service_type
-    (keystonemiddleware 13.0.1, auth_token/__init__.py, validate_allowed_request).
+    A service whose configuration has no service_type answers 401 to every credential with access
+    rules (keystonemiddleware 13.0.1, auth_token/__init__.py, validate_allowed_request).
     """
     remedy = "check your openrc"
     if service != "Keystone":
         remedy += (
-            " and, for a credential with access rules, the rules, and service_type in the"
-            " service's [keystone_authtoken]"
+            "; if the credential has access rules, check them, and service_type in the service's"
+            " [keystone_authtoken]"
         )
     return RefusedCredentialsError(f"{service} refuses the credentials ({what}); {remedy}")
 

@@ -675,12 +675,13 @@ def test_an_application_credential_for_listing_alone_suffices(node: Node) -> Non
 
 
 def test_access_rules_that_are_too_narrow_are_named(node: Node) -> None:
-    """If a credential may not read the schema of images, the error names access rules."""
+    """If a credential may not read the schema of images, the error names access rules and service_type."""
     user = node.cloud.add_user("narrow", "narrow", "admin")
     rules = [{"service": "image", "method": "GET", "path": "/v2/images"}]
     openrc = node.cloud.application_credential(user, access_rules=rules)
     line = run_refused(node, 2, NO_OPENRC | {**openrc})
     assert line.startswith("ln-images: Glance refuses the credentials (HTTP 401)")
+    assert "service_type" in line
     assert "access rules" in line
 
 
