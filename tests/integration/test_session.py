@@ -675,7 +675,7 @@ def test_an_application_credential_for_listing_alone_suffices(node: Node) -> Non
 
 
 def test_access_rules_that_are_too_narrow_are_named(node: Node) -> None:
-    """If a credential may not read the schema of images, the error names access rules and service_type."""
+    """If access rules leave out the schema of images, the error names them and service_type."""
     user = node.cloud.add_user("narrow", "narrow", "admin")
     rules = [{"service": "image", "method": "GET", "path": "/v2/images"}]
     openrc = node.cloud.application_credential(user, access_rules=rules)
