@@ -20,6 +20,9 @@ LOG = logging.getLogger(__name__)
 _FIRST_DELAY = 0.02
 # For more files than this at once, a full pass costs less than a partial one.
 _MOST_IDS = 50
+# Python handles a signal that arrived directly before a system call only when that call returns. So
+# no wait is longer than this, or the process could miss a SIGTERM until the next full pass.
+_LONGEST_WAIT = 1.0
 _FINISHED = flags.CLOSE_WRITE | flags.MOVED_TO
 _WATCHED = _FINISHED | flags.MOVE_SELF | flags.DELETE_SELF | flags.ONLYDIR
 # The limits of inotify(7), by the error that says that one of them is reached.
@@ -165,12 +168,12 @@ class Watch:
         self._number = number
 
     def wait(self, seconds: float) -> Wake:
-        """Wait at most so many seconds for finished files.
+        """Wait at most so many seconds for finished files, and never longer than one second.
 
         A full pass is needed if the queue of events overflowed, or if the directory itself was
         moved, removed or unmounted.
         """
-        seconds = max(0.0, seconds)
+        seconds = max(0.0, min(seconds, _LONGEST_WAIT))
         if self._inotify is None:
             time.sleep(seconds)
             return Wake()

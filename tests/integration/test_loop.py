@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -253,6 +254,48 @@ def test_a_watch_holds_one_descriptor(store: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     watch.close()
     assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+# Waits an hour each time. An alarm rings at a random moment around the start of the wait, and its
+# handler ends the wait.
+WAITS_THAT_A_SIGNAL_ENDS = """
+import random
+import signal
+import sys
+from ln_images.loop import Watch
+
+class Rang(Exception):
+    pass
+
+def ring(*_):
+    raise Rang
+
+signal.signal(signal.SIGALRM, ring)
+watch = Watch()
+watch.renew(sys.argv[1])
+for _ in range(500):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 6e-5))
+        watch.wait(3600)
+        while True:
+            watch.wait(3600)
+    except Rang:
+        pass
+"""
+
+
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_a_signal_at_any_moment_ends_a_wait(tmp_path: Path, is_watched: bool) -> None:
+    """Not even a signal that arrives directly before the system call that waits is lost.
+
+    About one alarm of fifty rings at that moment.
+    """
+    directory = tmp_path if is_watched else tmp_path / "none"
+    subprocess.run(
+        [sys.executable, "-c", WAITS_THAT_A_SIGNAL_ENDS, str(directory)],
+        check=True,
+        timeout=300,
+    )
 
 
 class Timed:
