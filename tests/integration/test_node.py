@@ -519,6 +519,15 @@ def test_without_any_configuration_no_report_is_written(node: ComputeNode) -> No
     assert run.status == 1
 
 
+def test_without_any_configuration_nothing_is_said_of_disks_and_mounts(node: ComputeNode) -> None:
+    """If it is not known where the servers are, no base is called there, and no mount missing."""
+    (node.etc / "nova" / "nova.conf").unlink()
+    run = node.run(nova=None)
+    for name in ("base_mount", "locks_mount", "lost_bases"):
+        assert run.state(name) == "unknown", name
+    assert "--config-file" in run.check("base_mount")["fix"]
+
+
 def test_config_file_names_the_files_of_a_stopped_nova(node: ComputeNode) -> None:
     """--config-file and --config-dir say where a nova-compute that is stopped has its options."""
     elsewhere = node.folder / "elsewhere.conf"
@@ -1203,7 +1212,7 @@ def test_damaged_disks(node: ComputeNode, offset: int, data: bytes, reason: str)
     assert not run.report["complete"]
     assert str(disk) in run.report["incomplete_because"]
     assert reason in run.report["incomplete_because"]
-    assert run.state("disks") == "unknown"
+    assert run.state("disks") == run.state("lost_bases") == "unknown"
     assert run.status == 1
 
 
