@@ -15,9 +15,10 @@ from support.cloud import wait_until
 _ENVIRONMENT = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/sbin:/usr/sbin"}
 
 
-def run_tool(*command: str | Path) -> None:
-    """Run a program of the administrator's, which must succeed."""
-    subprocess.run(command, check=True, capture_output=True, env=_ENVIRONMENT)
+def run_tool(*command: str | Path) -> str:
+    """Run a program of the administrator's, which must succeed. Return what it prints."""
+    run = subprocess.run(command, check=True, capture_output=True, env=_ENVIRONMENT, text=True)
+    return run.stdout
 
 
 @contextlib.contextmanager
@@ -52,6 +53,12 @@ def edit_unmounted(place: Path, *requests: str) -> None:
     """
     device, volume = place / "device", place / "volume"
     run_tool("umount", volume)
+    # Another test may have copied the mount into a namespace of its own (``unshare --mount``).
+    # Until that has ended the kernel keeps the file system, and would show its old state after a
+    # new mount.
+    wait_until(
+        lambda: not run_tool("losetup", "--associated", device), f"the last unmount of {device}"
+    )
     for request in requests:
         run_tool("debugfs", "-w", "-R", request, device)
     run_tool("mount", "-o", "loop", device, volume)
