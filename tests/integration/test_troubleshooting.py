@@ -24,7 +24,14 @@ from ln_images.model import Command
 from support.cloud import wait_until
 from support.corpus import QCOW2
 from support.faulty import Answer, Authority, Faulty, Variables
-from support.mounts import edit_unmounted, formatted, fuse, mounted, run_tool
+from support.mounts import (
+    edit_unmounted,
+    formatted,
+    fuse,
+    mounted,
+    run_tool,
+    unmount_everywhere,
+)
 from support.node import NO_OPENRC, REFERENCE, UNCOVERED, Node, executable, needs_root
 from support.observe import held_lock
 from support.proxy import refusing_proxy
@@ -793,17 +800,18 @@ class DamagedFileSystem(Trouble):
         self.use_volume(volume)
         entry = volume / "cache" / self.node.entry(self.image).name
         entry.touch()
-        self.volume, self.device = volume, self.place / "device"
+        self.volume = volume
         edit_unmounted(self.place, f"clri /cache/{entry.name}")
         return self.run()
 
     def fix(self) -> None:
         """Run fsck, whose status says that it repaired something."""
-        run_tool("umount", self.volume)
+        unmount_everywhere(self.place)
+        device = self.place / "device"
         with pytest.raises(subprocess.CalledProcessError) as error:
-            run_tool("fsck.ext4", "-fy", self.device)
+            run_tool("fsck.ext4", "-fy", device)
         assert error.value.returncode == 1
-        run_tool("mount", "-o", "loop", self.device, self.volume)
+        run_tool("mount", "-o", "loop", device, self.volume)
 
 
 # Images

@@ -46,19 +46,26 @@ def formatted(place: Path, *mkfs: str, mebibytes: int = 320) -> Iterator[Path]:
         yield volume
 
 
+def unmount_everywhere(place: Path) -> None:
+    """Unmount the file system of ``formatted``, and wait until the kernel has forgotten it.
+
+    Another test may have copied the mount into a namespace of its own (``unshare --mount``). Until
+    that has ended the kernel keeps the file system, and would show its old state after a new mount.
+    """
+    device = place / "device"
+    run_tool("umount", place / "volume")
+    wait_until(
+        lambda: not run_tool("losetup", "--associated", device), f"the last unmount of {device}"
+    )
+
+
 def edit_unmounted(place: Path, *requests: str) -> None:
     """Unmount the ext4 of ``formatted``, change it with debugfs(8), and mount it again.
 
     So a file gets what no system call can give it, such as a ctime or an inode that is cleared.
     """
     device, volume = place / "device", place / "volume"
-    run_tool("umount", volume)
-    # Another test may have copied the mount into a namespace of its own (``unshare --mount``).
-    # Until that has ended the kernel keeps the file system, and would show its old state after a
-    # new mount.
-    wait_until(
-        lambda: not run_tool("losetup", "--associated", device), f"the last unmount of {device}"
-    )
+    unmount_everywhere(place)
     for request in requests:
         run_tool("debugfs", "-w", "-R", request, device)
     run_tool("mount", "-o", "loop", device, volume)
