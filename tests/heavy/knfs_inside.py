@@ -566,6 +566,44 @@ def test_renamed_bases_survive_a_restart(lab: Lab) -> str:
 
 
 @claim
+def test_a_base_removed_on_its_own_node_is_still_there(lab: Lab) -> str:
+    """If a node removes a base that it has open, the cache has it under ``.nfs...`` until then."""
+    path = CACHE / "base"
+    path.write_bytes(DATA)
+    with Reader(lab.first.path(BASE / "base")) as reader:
+        lab.first.run("rm", BASE / "base")
+        ensure(not path.exists(), "it has its name")
+        (hidden,) = CACHE.glob(".nfs*")
+        ensure(hidden.read_bytes() == DATA, "it has another content")
+        ensure(reader.read() == DATA, "it cannot be read any more")
+        targets = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+        ensure(
+            any(f"{BASE.name}/{hidden.name}" in target for target in targets),
+            f"no descriptor shows its name: {targets}",
+        )
+    wait_until(lambda: not hidden.exists(), "the end of the file")
+    return hidden.name
+
+
+@claim
+def test_a_hanging_mount_can_be_replaced(lab: Lab) -> str:
+    """The commands of docs/recovery.md mount both directories anew, although a reader hangs."""
+    image = lab.storage.new_image()
+    lab.storage.link()
+    name = cache_name(image)
+    with Reader(lab.first.path(BASE / name)):
+        lab.storage.stop_server()
+        for directory in (BASE, NODE_LOCKS):
+            lab.first.run("umount", "-f", "-l", directory)
+        lab.storage.start_server()
+        for directory in (BASE, NODE_LOCKS):
+            lab.first.mount(directory)
+        ensure(lab.first.opens(name), "the base cannot be opened")
+    lab.storage.delete_image(image)
+    return ""
+
+
+@claim
 def test_reports_under_root_squash(lab: Lab) -> str:
     """Root of a node writes its report as the owner of ``locks``, with root_squash and without."""
     lab.first.run("touch", NODE_LOCKS / "of-root")
