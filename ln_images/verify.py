@@ -76,7 +76,8 @@ def main(context: click.Context, *, common: CommonOptions, disk_formats: Sequenc
 
     The command changes nothing. It takes as long as the disks need to read all linked images once.
     Credentials come from OS_* variables, as in an openrc, or from clouds.yaml. Every option can
-    also be given as LN_IMAGES_<OPTION> in the environment.
+    also be given as LN_IMAGES_<OPTION> in the environment; the log file and the metrics file as
+    LN_IMAGES_VERIFY_<OPTION>.
     """
     prepare_standard_output()
     status = logs.set_up("ln-images-verify", common.log_file, common.verbose, common.quiet)

@@ -92,8 +92,8 @@ def main(
     its disks uses it. The compute nodes report with ln-images-node.
 
     Credentials come from OS_* variables, as in an openrc, or from clouds.yaml. The options for all
-    commands can also be given as LN_IMAGES_<OPTION> in the environment, the others as
-    LN_IMAGES_PRUNE_<OPTION>.
+    commands can also be given as LN_IMAGES_<OPTION> in the environment; the others, the log file
+    and the metrics file as LN_IMAGES_PRUNE_<OPTION>.
     """
     prepare_standard_output()
     status = logs.set_up("ln-images-prune", common.log_file, common.verbose, common.quiet)

@@ -134,7 +134,7 @@ def list_prune_metrics(pass_: Pass, nodes: Sequence[Node], is_blocked: bool) -> 
             ),
             Metric(
                 "node_lost_bases",
-                "Bases that disks of a compute node use and that are missing.",
+                "Disks of a compute node whose base is missing.",
                 len(node.lost),
                 labels,
             ),
