@@ -43,6 +43,17 @@ def command_in_recovery(command: str, values: Mapping[str, str]) -> str:
     return line
 
 
+def run_block_in_recovery(command: str, values: Mapping[str, str], rig: Rig) -> None:
+    """Run the block of docs/recovery.md that has this command, with ``values`` filled in."""
+    page = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8")
+    (block,) = [
+        each for each in re.findall(r"(?:^ {4}.*\n)+", page, re.MULTILINE) if command in each
+    ]
+    for name, value in values.items():
+        block = block.replace(name, value)
+    subprocess.run(["sh", "-euc", block], env=rig.operator(), check=True)
+
+
 def descriptor(rig: Rig, base: str) -> tuple[str, str]:
     """Return a process that has a base open, and its descriptor, as docs/recovery.md finds them."""
     # lr-x------ 1 libvirt-qemu ... 64 Nov 28 22:30 /proc/4711/fd/12 -> /var/lib/nova/...

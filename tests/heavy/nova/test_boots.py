@@ -18,6 +18,7 @@ from scenes import (
     outcome,
     reason_code,
     reboot,
+    run_block_in_recovery,
     watching,
 )
 from support.cloud import wait_until
@@ -147,6 +148,22 @@ def test_a_server_built_on_a_raw_copy_lives_on_in_its_snapshot(rig: Rig, qcow2: 
     for each in (image, snapshot):
         assert rig.proof(rig.boot(each)) == qcow2.md5
         assert rig.served(each) == (qcow2.size if each == image else 0)
+
+
+def test_a_lost_raw_copy_can_be_made_again(rig: Rig, qcow2: Disk) -> None:
+    """What the page makes of Glance's file is what a server on Nova's lost raw copy reads."""
+    rig.node.runs_with(DEFAULT=CONVERTED)
+    image = rig.image("lost-copy", qcow2.path, "qcow2")
+    server = rig.boot(image)
+    assert rig.node.chain(server)[0]["backing-filename-format"] == "raw"
+    rig.act(server, "os-stop", "SHUTOFF")
+    rig.entry(image).unlink()
+    assert outcome(rig.ln_images(), image) == "linked"
+    names = {"SHA1": rig.entry(image).name, "IMAGE_ID": image}
+    run_block_in_recovery("qemu-img convert", names, rig)
+    reboot(rig, server)
+    assert rig.proof(server) == qcow2.md5
+    assert reason_code(rig.ln_images(), image) == "raw_copy"
 
 
 def test_a_qcow2_link_lost_without_force_raw_images_is_only_downloaded_again(
