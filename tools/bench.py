@@ -39,7 +39,7 @@ ME = (os.getuid(), os.getgid())
 OWNER = (65534, 65534) if os.getuid() == 0 else ME
 
 BARE = "bare"
-SYSTEM_CALLS = "system calls alone"
+SYSTEM_CALLS = "scan alone"
 IDLE = "nothing to do"
 SCRIPT = "shell-per-image script"
 IDLE_AGAIN = "nothing to do, again"
@@ -430,14 +430,13 @@ def measure_passes(bench: Bench) -> None:
     print(
         """
 A pass is `ln-images -q`, as cron runs it. "Bare" is a process that imports the clients, gets one
-token and lists one image: about what a pass costs before it has looked at anything. "System calls
-alone" is a process that only makes the calls that no such program can do without: one for each
-image that reads owner and mode, one that reads the mark, and those that list both directories. A
-new image is one whose link was removed before the pass. The script is what `ln-images` replaces:
-it lists all images twice with the OpenStack command line client, and runs a shell with `ln`,
-`chown` and `chmod` for each. Skipped images have a format that is not linked, and the content of
-refused ones is not what Glance says. Requests are those to Keystone and Glance, without Glance's
-own. glanceclient requests the schema of images once in each process, before its first listing.
+token and lists one image. This is about what a pass costs before it has scanned anything. "Scan
+alone" is a process that makes only the system calls that every check of links needs. A new image is
+one whose link was removed before the pass. The script is what `ln-images` replaces: it lists all
+images twice with the OpenStack command line client, and runs a shell with `ln`, `chown` and `chmod`
+for each. Skipped images have a format that is not linked. Refused images have content that is not
+what Glance states. Requests are those to Keystone and Glance, without Glance's own. glanceclient
+requests the schema of images once in each process, before its first listing.
 """
     )
 
@@ -489,7 +488,7 @@ def compare_unlinkable(lab: Lab, rounds: int) -> Figures:
 
 def beside(outcome: str) -> str:
     """Return the name of a pass beside images that cannot be linked."""
-    return f"beside {UNLINKABLE} {outcome}"
+    return f"with {UNLINKABLE} {outcome}"
 
 
 def print_ratios(figures: Figures, sizes: Sequence[int]) -> None:
@@ -503,18 +502,18 @@ def print_ratios(figures: Figures, sizes: Sequence[int]) -> None:
 
     calls = wall(SYSTEM_CALLS, large)
     alone = wall(IDLE_AGAIN, small)
+    skipped, refused = (wall(beside(outcome), small) for outcome in ("skipped", "refused"))
     ratios = {
         f"shell-per-image script / pass, at {small:,}": wall(SCRIPT, small) / idle[small].wall,
         f"pass at {middle:,} / pass at {small:,}": idle[middle].wall / idle[small].wall,
         f"pass at {middle:,} / bare": idle[middle].wall / bare[middle].wall,
         f"pass at {large:,} / bare": idle[large].wall / bare[large].wall,
-        f"bare and system calls alone, at {large:,} / bare": (bare[large].wall + calls)
-        / bare[large].wall,
+        f"bare and scan alone, at {large:,} / bare": (bare[large].wall + calls) / bare[large].wall,
         f"pass at {large:,} / bare, peak memory": idle[large].memory / bare[large].memory,
         '`ln-images --help` / `python -c "import click"`': wall("--help", 0)
         / wall("import click", 0),
-        f"pass beside {UNLINKABLE} skipped / without": wall(beside("skipped"), small) / alone,
-        f"pass beside {UNLINKABLE} refused / without": wall(beside("refused"), small) / alone,
+        f"pass with {UNLINKABLE} skipped / without, at {small:,}": skipped / alone,
+        f"pass with {UNLINKABLE} refused / without, at {small:,}": refused / alone,
     }
     print_heading("a pass has nothing to do; wall time", "ratio")
     for name, ratio in ratios.items():
