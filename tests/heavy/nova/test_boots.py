@@ -116,7 +116,7 @@ def test_a_qcow2_link_lost_under_force_raw_images_breaks_its_servers(rig: Rig, q
     assert outcome(report, image) == "occupied"
     assert reason_code(report, image) == "raw_copy"
     subprocess.run(
-        command_in_recovery("mv SHA1 ", {"SHA1": rig.entry(image).name}).split(),
+        command_in_recovery("mv -n SHA1 SHA1.raw", {"SHA1": rig.entry(image).name}).split(),
         cwd=CACHE,
         check=True,
     )
@@ -136,7 +136,7 @@ def test_a_server_built_on_a_raw_copy_lives_on_in_its_snapshot(rig: Rig, qcow2: 
     rig.wait(built, "ACTIVE")
     rig.act(built, "os-stop", "SHUTOFF")
     subprocess.run(
-        command_in_recovery("mv SHA1 ", {"SHA1": rig.entry(image).name}).split(),
+        command_in_recovery("mv -n SHA1 SHA1.raw", {"SHA1": rig.entry(image).name}).split(),
         cwd=CACHE,
         check=True,
     )
