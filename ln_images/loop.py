@@ -21,7 +21,7 @@ _FIRST_DELAY = 0.02
 # For more files than this at once, a full pass costs less than a partial one.
 _MOST_IDS = 50
 # Python handles a signal that arrived directly before a system call only when that call returns. So
-# no wait is longer than this, or the process could miss a SIGTERM until the next full pass.
+# no wait takes more seconds than this. A SIGTERM could have no effect until the next full pass.
 _LONGEST_WAIT = 1.0
 _FINISHED = flags.CLOSE_WRITE | flags.MOVED_TO
 _WATCHED = _FINISHED | flags.MOVE_SELF | flags.DELETE_SELF | flags.ONLYDIR

@@ -39,7 +39,7 @@ ME = (os.getuid(), os.getgid())
 OWNER = (65534, 65534) if os.getuid() == 0 else ME
 
 BARE = "bare"
-SYSTEM_CALLS = "scan alone"
+SCAN = "scan alone"
 IDLE = "nothing to do"
 SCRIPT = "shell-per-image script"
 IDLE_AGAIN = "nothing to do, again"
@@ -90,7 +90,7 @@ for line in listing.stdout.splitlines():
     command = f"ln -f {images}/{image_id} {link} && chown {owner} {link} && chmod 0644 {link}"
     subprocess.run(["/bin/sh", "-c", command], check=True)
 """
-SYSTEM_CALLS_CODE = """
+SCAN_CODE = """
 import os
 images, cache = (os.environ["LN_IMAGES_" + name] for name in ("IMAGES_DIR", "CACHE_DIR"))
 for entry in os.scandir(images):
@@ -233,7 +233,7 @@ class Lab:
         for image_id in ids:
             (self.cloud.images / image_id).rename(self._aside / image_id)
 
-    def measure_beside(self, ids: Sequence[str], outcome: str) -> Sample:
+    def measure_with(self, ids: Sequence[str], outcome: str) -> Sample:
         """Measure a pass that has nothing to do but to find that ``ids`` cannot be linked."""
         for image_id in ids:
             (self._aside / image_id).rename(self.cloud.images / image_id)
@@ -457,7 +457,7 @@ def compare_passes(labs: Sequence[Lab], rounds: int) -> Figures:
         samples: dict[tuple[str, int], Sample] = {}
         for lab in labs:
             samples[BARE, lab.size] = lab.measure_python(BARE_CODE)
-            samples[SYSTEM_CALLS, lab.size] = lab.measure_python(SYSTEM_CALLS_CODE)
+            samples[SCAN, lab.size] = lab.measure_python(SCAN_CODE)
             samples[IDLE, lab.size] = lab.measure_pass()
             samples["one new image", lab.size] = lab.measure_pass(new=1)
             samples["ten new images", lab.size] = lab.measure_pass(new=10)
@@ -479,15 +479,15 @@ def compare_unlinkable(lab: Lab, rounds: int) -> Figures:
         print_progress(f"{UNLINKABLE} images that cannot be linked, round {number + 1} of {rounds}")
         for name, ids, outcome in (
             (IDLE_AGAIN, [], "skipped"),
-            (beside("skipped"), skipped, "skipped"),
-            (beside("refused"), refused, "refused"),
+            (name_with("skipped"), skipped, "skipped"),
+            (name_with("refused"), refused, "refused"),
         ):
-            figures[name, lab.size].append(lab.measure_beside(ids, outcome))
+            figures[name, lab.size].append(lab.measure_with(ids, outcome))
     return figures
 
 
-def beside(outcome: str) -> str:
-    """Return the name of a pass beside images that cannot be linked."""
+def name_with(outcome: str) -> str:
+    """Return the name of a pass with images that cannot be linked."""
     return f"with {UNLINKABLE} {outcome}"
 
 
@@ -500,15 +500,15 @@ def print_ratios(figures: Figures, sizes: Sequence[int]) -> None:
     def wall(name: str, size: int) -> float:
         return median(figures[name, size]).wall
 
-    calls = wall(SYSTEM_CALLS, large)
+    scan = wall(SCAN, large)
     alone = wall(IDLE_AGAIN, small)
-    skipped, refused = (wall(beside(outcome), small) for outcome in ("skipped", "refused"))
+    skipped, refused = (wall(name_with(outcome), small) for outcome in ("skipped", "refused"))
     ratios = {
         f"shell-per-image script / pass, at {small:,}": wall(SCRIPT, small) / idle[small].wall,
         f"pass at {middle:,} / pass at {small:,}": idle[middle].wall / idle[small].wall,
         f"pass at {middle:,} / bare": idle[middle].wall / bare[middle].wall,
         f"pass at {large:,} / bare": idle[large].wall / bare[large].wall,
-        f"bare and scan alone, at {large:,} / bare": (bare[large].wall + calls) / bare[large].wall,
+        f"bare and scan alone, at {large:,} / bare": (bare[large].wall + scan) / bare[large].wall,
         f"pass at {large:,} / bare, peak memory": idle[large].memory / bare[large].memory,
         '`ln-images --help` / `python -c "import click"`': wall("--help", 0)
         / wall("import click", 0),

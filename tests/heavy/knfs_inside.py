@@ -567,7 +567,7 @@ def test_renamed_bases_survive_a_restart(lab: Lab) -> str:
 
 @claim
 def test_a_base_removed_on_its_own_node_is_still_there(lab: Lab) -> str:
-    """If a node removes a base that it has open, the cache has it under ``.nfs...`` until then."""
+    """A base that a node removes while it has it open stays in the cache as ``.nfs...``."""
     path = CACHE / "base"
     path.write_bytes(DATA)
     with Reader(lab.first.path(BASE / "base")) as reader:
@@ -587,7 +587,7 @@ def test_a_base_removed_on_its_own_node_is_still_there(lab: Lab) -> str:
 
 @claim
 def test_a_hanging_mount_can_be_replaced(lab: Lab) -> str:
-    """The commands of docs/recovery.md mount both directories anew, although a reader hangs."""
+    """The commands of docs/recovery.md mount both directories anew, although a base is open."""
     image = lab.storage.new_image()
     lab.storage.link()
     name = cache_name(image)

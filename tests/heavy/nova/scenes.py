@@ -10,6 +10,7 @@ from typing import Any
 from rig import COMMAND, Rig
 from support.cloud import ROOT, wait_until
 
+RECOVERY = ROOT / "docs" / "recovery.md"
 # A time long ago, and a cache manager that runs every 3 seconds.
 OLD = 1_000_000_000
 OFTEN = (
@@ -32,26 +33,26 @@ def reason_code(report: dict[str, Any], image: str) -> str:
 
 def command_in_recovery(command: str, values: Mapping[str, str]) -> str:
     """Return the line of docs/recovery.md that begins with a command, with ``values`` filled in."""
-    lines = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8").splitlines()
     line = next(
         line.strip()
-        for line in lines
+        for line in RECOVERY.read_text(encoding="utf-8").splitlines()
         if line.startswith("    ") and line.strip().startswith(command)
     )
-    for name, value in values.items():
-        line = line.replace(name, value)
-    return line
+    return fill_in(line, values)
 
 
 def run_block_in_recovery(command: str, values: Mapping[str, str], rig: Rig) -> None:
     """Run the block of docs/recovery.md that has this command, with ``values`` filled in."""
-    page = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8")
-    (block,) = [
-        each for each in re.findall(r"(?:^ {4}.*\n)+", page, re.MULTILINE) if command in each
-    ]
+    blocks = re.findall(r"(?:^ {4}.*\n)+", RECOVERY.read_text(encoding="utf-8"), re.MULTILINE)
+    (block,) = [each for each in blocks if command in each]
+    subprocess.run(["sh", "-euc", fill_in(block, values)], env=rig.operator(), check=True)
+
+
+def fill_in(commands: str, values: Mapping[str, str]) -> str:
+    """Return commands of a page with ``values`` in place of its names, such as SHA1."""
     for name, value in values.items():
-        block = block.replace(name, value)
-    subprocess.run(["sh", "-euc", block], env=rig.operator(), check=True)
+        commands = commands.replace(name, value)
+    return commands
 
 
 def descriptor(rig: Rig, base: str) -> tuple[str, str]:
